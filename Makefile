@@ -1,0 +1,60 @@
+# Every target does its own set-up in .venv; all it needs is Python 3.11 or newer and make.
+#   make demo PIP_ARGS="--index-url ..."     chooses a package index (a CPU-only build of torch, say)
+#   make demo PYTHON=python3.12              chooses the Python
+#   make demo OMP_NUM_THREADS=4              chooses the number of threads
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV ?= .venv
+
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# torchrun sets one thread when the variable is unset. torch counts physical cores; more than 8 do not help matrices this small.
+THREADS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(VENV)/bin/python -c "import torch; print(min(8, torch.get_num_threads()))")}
+ONE_THREAD = OMP_NUM_THREADS=1
+# --standalone takes a free port, so that two trainings on one machine do not meet.
+TORCHRUN = torchrun --standalone
+
+.PHONY: help demo test smoke bench lint
+# A failed set-up leaves no half-made target behind.
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo   trains a model on everything and writes its report (a quarter of an hour on 2 cores)"
+	@echo "make test   runs the tests"
+	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
+	@echo "make bench  measures training speed beside transformers' Qwen3"
+	@echo "make lint   runs ruff"
+
+demo: $(VENV)/.demo
+	$(RUN) $(THREADS) $(TORCHRUN) train.py configs/demo.toml
+	$(RUN) $(THREADS) python -m onevocab.evaluation runs/demo
+	@echo "The page: file://$(CURDIR)/runs/demo/report/index.html"
+
+test: $(VENV)/.dev
+	$(RUN) python -m pytest $(PYTEST_ARGS)
+
+smoke: $(VENV)/.demo
+	$(RUN) $(ONE_THREAD) $(TORCHRUN) --nproc-per-node 2 train.py configs/smoke.toml
+	$(RUN) $(THREADS) python -m onevocab.evaluation runs/smoke
+	$(RUN) python sample.py runs/smoke --text "Draw a red apple." --want image --out runs/smoke/sample
+
+bench: $(VENV)/.dev
+	$(RUN) $(THREADS) python -m benchmarks.train_step
+
+lint: $(VENV)/.dev
+	$(RUN) ruff check .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is missing or older than Python 3.11; choose one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; install its venv package or choose another with PYTHON=..." >&2; exit 1; }
+
+# All at once; where that fails, one by one, and the two that not every system can install may be missing.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@$(PIP) -e '.[demo,speech,judge]' || { $(PIP) -e '.[demo]' && \
+	  { $(PIP) -e '.[speech]' || echo "note: the speech extra (eSpeak NG) did not install; going on with tones instead of voices"; } && \
+	  { $(PIP) -e '.[judge]' || echo "note: the judge extra (pocketsphinx) did not install; going on without the judge of speech"; }; }
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,25 @@
+"""How a user's mistake is reported: one clear line, a non-zero exit code, no traceback."""
+
+import functools
+import sys
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message says what is wrong, where, and what to do."""
+
+
+def cli(main):
+    """Wraps a command's `main`: a UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped

@@ -1,0 +1,49 @@
+"""Files that are either whole or absent, and hashes that say what is in them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from onevocab.common.errors import UserError
+
+
+def write_atomic(path, content: bytes | str) -> None:
+    """Writes aside, fsyncs and renames, so that a crash never leaves half a file under `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sha256_file(path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(value) -> str:
+    """First 16 hex digits of the SHA-256 of a JSON value; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def read_json(path):
+    """Parses a JSON file. Raises UserError, naming the file, when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
+
+
+def write_json(path, value) -> None:
+    """Writes a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""Shards, documents, order, packing, and the demo world."""

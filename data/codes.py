@@ -1,0 +1,207 @@
+"""Media -> codes, once, before training: the same samples, with every picture and sound replaced by its codes.
+
+A shard of codes is a pure function of the raw shard and the tokenizers, and is whole or absent; so ranks share nothing
+but the output folder, and a run that was killed goes on with the shards that are missing.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onevocab.common.errors import UserError
+from onevocab.common.files import sha256_file
+from onevocab.data.documents import (
+    UNDECODABLE,
+    BadSample,
+    BadSamples,
+    codes_ending,
+    media_endings,
+    modality_of_ending,
+    turns_of,
+)
+from onevocab.data.shards import Sample, ShardFile, codes_to_npy, list_shards, npy_to_codes, read_header, read_shard
+
+
+@dataclass
+class TokenizeStats:
+    """shards: written now; skipped: shards that were finished before; samples, bad, media: of those written now."""
+
+    shards: int = 0
+    skipped: int = 0
+    samples: int = 0
+    bad: int = 0
+    media: int = 0
+
+
+def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 1, batch: int = 64,
+                    max_bad_fraction: float = 0.01, progress: bool = True) -> TokenizeStats:
+    """Writes a shard of codes of the same name for every `world`-th shard, from the `rank`-th on.
+
+    shards: paths, or what `list_shards` takes; batch: media encoded at once. Bad samples are left out, logged and
+    counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, or when
+    `out_folder` holds codes of other tokenizers or of another shard of that name.
+    """
+    shards = list(map(Path, shards)) if isinstance(shards, list | tuple) else list_shards(shards)
+    names = sorted(shard.name for shard in shards)
+    double = next((a for a, b in zip(names, names[1:], strict=False) if a == b), None)
+    if double:
+        raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
+    stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
+    bar = tqdm(desc="tokenize", unit=" samples", disable=not progress or rank != 0)
+    for shard in shards[rank::world]:
+        out = Path(out_folder) / shard.name
+        if out.resolve() == shard.resolve():
+            raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
+        header = {"tokenizers": tokenizers.hash, "source": _fingerprint(shard)}
+        if out.exists():
+            found = read_header(out)
+            if found != header:
+                what = "other tokenizers" if found and found["source"] == header["source"] else "another shard"
+                raise UserError(f"{out} was made from {what}; remove it or choose another folder for the codes")
+            stats.skipped += 1
+            continue
+        _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar)
+        stats.shards += 1
+    bar.close()
+    bad.finish()
+    return stats
+
+
+def _fingerprint(shard: Path) -> str:
+    try:
+        return sha256_file(shard)
+    except OSError as error:
+        raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
+
+
+def _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar) -> None:
+    pending: list[tuple[Sample, list[str]]] = []
+    known: dict[bytes, bytes] = {}  # medium -> codes: pictures and words that come again are encoded once a shard
+    waiting: dict[bytes, str] = {}
+    with ShardFile(out, header) as writer:
+        def flush():
+            known.update(_encode(waiting, tokenizers))
+            for sample, endings in pending:
+                try:
+                    writer.write(sample.key, _with_codes(sample, endings, known))
+                except (BadSample, ValueError, RecursionError) as error:
+                    bad.add(error if isinstance(error, BadSample)
+                            else BadSample(sample.key, sample.shard, str(error)))
+                    stats.bad += 1
+                else:
+                    bad.good()
+                    stats.samples += 1
+            stats.media += len(waiting)
+            bar.update(len(pending))
+            pending.clear()
+            waiting.clear()
+
+        for sample in read_shard(shard):
+            try:
+                endings = list(dict.fromkeys(media_endings(turns_of(sample))))
+            except BadSample as error:
+                bad.add(error)
+                stats.bad += 1
+                continue
+            pending.append((sample, endings))
+            for ending in endings:
+                if not ending.endswith("npy") and sample.members[ending] not in known:
+                    waiting[sample.members[ending]] = modality_of_ending(ending)
+            if len(waiting) >= batch or len(pending) >= 4096:
+                flush()
+        flush()
+
+
+def _encode(media: dict[bytes, str], tokenizers) -> dict[bytes, bytes | str]:
+    """{file: modality} -> {file: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
+    result: dict[bytes, bytes | str] = {}
+    for modality, encode in (("image", tokenizers.encode_images), ("audio", tokenizers.encode_audios)):
+        files = [file for file, kind in media.items() if kind == modality]
+        if not files:
+            continue
+        if modality not in tokenizers.vocab.spans:
+            raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
+        n_codes = tokenizers.vocab.spans[modality].codes
+        try:
+            result.update(zip(files, (codes_to_npy(codes, n_codes) for codes in encode(files)), strict=True))
+        except UNDECODABLE:  # one bad file spoils a batch: find it
+            for file in files:
+                try:
+                    result[file] = codes_to_npy(encode([file])[0], n_codes)
+                except UNDECODABLE as error:
+                    result[file] = str(error) or type(error).__name__
+    return result
+
+
+def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, bytes]:
+    """The sample's members with media replaced by codes, and the JSON's `file` rewritten. Raises BadSample."""
+    renamed = {ending: codes_ending(ending) for ending in endings}
+    if len(set(renamed.values())) < len(renamed):
+        raise BadSample(sample.key, sample.shard, f"media that differ only in their kind: {', '.join(endings)}")
+    members = {ending: content for ending, content in sample.members.items() if ending in ("json", "txt")}
+    for ending, new in renamed.items():
+        content = sample.members[ending]
+        if not ending.endswith("npy"):
+            content = codes[content]
+            if isinstance(content, str):
+                raise BadSample(sample.key, sample.shard, f"member {ending}: {content}")
+        else:
+            try:
+                npy_to_codes(content)
+            except ValueError as error:
+                raise BadSample(sample.key, sample.shard, f"member {ending}: {error}") from None
+        members[new] = content
+    data = json.loads(members["json"]) if "json" in members and renamed else None
+    if isinstance(data, dict) and ("messages" in data or "content" in data):  # else metadata beside jpg + txt
+        for turn in data.get("messages") or [data]:
+            content = turn.get("content")
+            for part in content if isinstance(content, list) else []:
+                if part.get("type") in ("image", "audio"):
+                    part["file"] = renamed[part["file"]]
+        members["json"] = json.dumps(data, ensure_ascii=False).encode()
+    return members
+
+
+def tokenize_in_processes(shards: Iterable, out_folder, tokenizers_folder, processes: int, **options) -> None:
+    """`tokenize_shards` by `processes` processes of one thread each: on a CPU that is faster than one of many threads.
+
+    Raises the first UserError of any process.
+    """
+    shards = [str(shard) for shard in shards]
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    workers = [context.Process(target=_worker, daemon=True,
+                               args=(queue, shards, str(out_folder), str(tokenizers_folder), rank, processes, options))
+               for rank in range(processes)]
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when the child imports torch
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode not in (None, 0) for worker in workers):
+            for worker in workers:
+                worker.terminate()
+        time.sleep(0.05)
+    if not queue.empty():
+        raise UserError(queue.get())
+    if any(worker.exitcode for worker in workers):
+        raise UserError("a process that tokenized shards died; run it again: finished shards are kept")
+
+
+def _worker(queue, shards, out_folder, tokenizers_folder, rank, world, options) -> None:
+    from onevocab.tokenizers.bundle import Tokenizers
+
+    try:
+        tokenize_shards(shards, out_folder, Tokenizers.load(tokenizers_folder), rank, world, **options)
+    except UserError as error:
+        queue.put(str(error))
+        raise SystemExit(2) from None

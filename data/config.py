@@ -1,0 +1,26 @@
+"""[data]: where the samples come from."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from onevocab.data.demo import DemoConfig
+from onevocab.data.loader import LoaderConfig, Source
+
+
+class DataConfig(BaseModel):
+    """demo: write the demo world's shards first; shards: folders, globs or files of raw shards that train the
+    tokenizers and are turned to codes (relative to the run folder); tokenizer_samples: how many pictures, sounds and
+    texts the tokenizers are trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    demo: DemoConfig | None = None
+    shards: tuple[str, ...] = ("shards",)
+    tokenizer_samples: int = Field(default=12_000, ge=1)
+    workers: int = Field(default=2, ge=1, description="processes that turn media to codes")
+
+
+class StageData(BaseModel):
+    """What a language stage reads: code shards below the run folder's `codes/`, and how they become rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sources: tuple[Source, ...]
+    loader: LoaderConfig = LoaderConfig()

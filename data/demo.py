@@ -1,0 +1,154 @@
+"""Writes the demo world as plain webdataset shards: `pretrain-*` (pairs) and `instruct-*` (conversations).
+
+Two fresh processes write their own shards in a fixed order, so the bytes do not depend on how many cores there are
+(eSpeak carries state from one utterance to the next).
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from onevocab.common.errors import UserError
+from onevocab.data import demo_tasks as tasks
+from onevocab.data import speech
+from onevocab.data.shards import ShardWriter
+from onevocab.data.world import NAMES, Scene, random_scene, render
+from onevocab.tokenizers.media import encode_audio, encode_png
+
+
+class DemoConfig(BaseModel):
+    """[data.demo]: how many samples of each kind. Without the speech extra those with sound are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    seed: int = 0
+    # pretrain: pairs, shown in both orders, and speech to text in many voices
+    captions: int = Field(default=18_000, ge=0)
+    narrated: int = Field(default=1_600, ge=0)
+    heard: int = Field(default=6_000, ge=0)
+    # instruct: conversations
+    about_picture: int = Field(default=9_000, ge=0)
+    draw: int = Field(default=8_000, ge=0)
+    edit: int = Field(default=2_500, ge=0)
+    spoken_question: int = Field(default=3_000, ge=0)
+    hear: int = Field(default=2_500, ge=0)
+    say: int = Field(default=2_500, ge=0)
+    say_seen: int = Field(default=1_500, ge=0)
+    draw_heard: int = Field(default=1_500, ge=0)
+    clips_per_voice: int = Field(default=4, ge=1, description="recordings of each name by each training voice")
+
+
+class _Studio:
+    """Renders each utterance once. A task asks for any speed and pitch; it gets one of the recordings of that text by
+    that voice, so the same few thousand clips serve every sample."""
+
+    def __init__(self, clips_per_voice: int):
+        self.takes, self.clips = clips_per_voice, {}
+
+    def record(self, spoken: tasks.Utterance) -> bytes:
+        """Utterance -> FLAC"""
+        take = (spoken.words_per_minute + spoken.pitch) % self.takes
+        key = spoken.text, spoken.voice, take
+        if key not in self.clips:
+            samples = speech.speak(spoken.text.rstrip("?"), spoken.voice, spoken.words_per_minute, spoken.pitch)
+            self.clips[key] = encode_audio(samples, speech.RATE)
+        return self.clips[key]
+
+
+def to_members(content: list, extra: dict, studio: _Studio | None, conversation: bool) -> dict[str, bytes]:
+    """A plain list of parts, or a conversation of them, as a sample's members: `json`, `0.png`, `1.flac`, ..."""
+    members: dict[str, bytes] = {}
+
+    def part(value) -> dict:
+        if isinstance(value, str):
+            return {"type": "text", "text": value}
+        name = f"{len(members)}.{'png' if isinstance(value, Scene) else 'flac'}"
+        if isinstance(value, Scene):
+            members[name] = encode_png(Image.fromarray(render(value)))
+            return {"type": "image", "file": name}
+        members[name] = studio.record(value)
+        return {"type": "audio", "file": name}
+
+    if conversation:
+        data = {"messages": [{"role": role, "content": [part(value) for value in parts]} for role, parts in content]}
+    else:
+        data = {"content": [part(value) for value in content]}
+    members["json"] = json.dumps(data | extra).encode()
+    return members
+
+
+def _name(rng) -> str:
+    return str(rng.choice(NAMES))
+
+
+def _said(rng) -> str:
+    """Text that is spoken: a name two times of three, else a whole question."""
+    questions = tasks.spoken_questions()
+    return _name(rng) if rng.random() < 0.67 else questions[int(rng.integers(len(questions)))]
+
+
+def _caption_pair(rng) -> list:
+    scene = random_scene(rng)
+    return [scene, tasks.caption_long(scene) if rng.random() < 0.75 else tasks.caption_short(scene)]
+
+
+def _narrated_pair(rng) -> list:
+    spoken = tasks.narrated(_name(rng), rng)
+    return [spoken, spoken.text]
+
+
+def _heard(rng) -> list:
+    return tasks.hear(rng, tasks.utterance(_said(rng), rng, speech.TRAIN_VOICES))
+
+
+Maker = Callable[[np.random.Generator], list]
+
+# (shards' prefix, name in DemoConfig, how one sample is made, is it a conversation): pictures, then those with sound.
+PICTURES: list[tuple[str, str, Maker, bool]] = [
+    ("pretrain", "captions", _caption_pair, False),
+    ("instruct", "about_picture", tasks.about_picture, True),
+    ("instruct", "draw", tasks.draw, True),
+    ("instruct", "edit", tasks.edit, True),
+]
+SOUNDS: list[tuple[str, str, Maker, bool]] = [
+    ("pretrain", "narrated", _narrated_pair, False),
+    ("pretrain", "heard", _heard, True),
+    ("instruct", "spoken_question", lambda rng: tasks.spoken_question(rng, speech.TRAIN_VOICES), True),
+    ("instruct", "hear", _heard, True),
+    ("instruct", "say", lambda rng: tasks.say(rng, _name(rng)), True),
+    ("instruct", "say_seen", tasks.say_seen, True),
+    ("instruct", "draw_heard", lambda rng: tasks.draw_heard(rng, speech.TRAIN_VOICES), True),
+]
+
+
+def _write(folder: Path, kinds_index: int, config: DemoConfig, samples_per_shard: int) -> None:
+    """One process's share: every kind of PICTURES or of SOUNDS."""
+    studio = _Studio(config.clips_per_voice)
+    for number, (prefix, kind, make, conversation) in enumerate((PICTURES, SOUNDS)[kinds_index]):
+        rng = np.random.default_rng((config.seed, kinds_index, number))
+        with ShardWriter(folder, f"{prefix}-{kind}", samples_per_shard) as writer:
+            for i in range(getattr(config, kind)):
+                sample = to_members(make(rng), {"task": kind}, studio, conversation)
+                writer.write(f"{kind}-{i:06d}", sample)
+
+
+def write_demo(folder, config: DemoConfig, samples_per_shard: int = 2000) -> bool:
+    """Writes all shards; returns whether speech is in them. Raises UserError when the picture packages are missing."""
+    folder = Path(folder)
+    render(random_scene(np.random.default_rng(0)))  # says at once, in this process, what is not installed
+    with_speech = speech.available()
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(folder, index, config, samples_per_shard))
+               for index in range(1 + with_speech)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise UserError(f"writing the demo's shards to {folder} failed (see above); free some space or reinstall the "
+                        "demo's packages, then start again")
+    return with_speech

@@ -1,0 +1,360 @@
+"""Training batches: documents of codes shards, ordered, packed and masked.
+
+What comes when is a pure function of (seed, epoch, position): the documents of an epoch are permuted, windows of
+positions are packed into rows, the rows of a window are permuted, and steps take rows one after another. Ranks take
+slices of a step, so every world size sees the same global sequence, and the loader's state is three small numbers.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from onevocab.common.errors import UserError
+from onevocab.common.files import hash_json
+from onevocab.data.documents import BadSample, BadSamples, document_of
+from onevocab.data.packing import pack
+from onevocab.data.shards import Sample, list_shards, read_shard
+from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.document import Document, Segment, encode_document
+from onevocab.tokenizers.vocab import Vocabulary
+
+LOSS, DROPPABLE = 1, 2  # flags of a stored token
+ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, one use each
+
+
+class LossWeights(BaseModel):
+    """Weight of a predicted token by its modality; `seen` multiplies those that are context only (not the answer)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    text: float = Field(default=1.0, ge=0)
+    image: float = Field(default=1.0, ge=0)
+    audio: float = Field(default=1.0, ge=0)
+    seen: float = Field(default=0.05, ge=0)
+
+
+class LoaderConfig(BaseModel):
+    """row_length: tokens of a row; rows_per_step: rows of a step over all ranks; window: documents packed together;
+    caption_drop: share of pictures-from-text whose text is dropped, for guidance; text_first: share of pairs with a
+    text that show the text first; max_bad_fraction: more bad samples than this stop the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    row_length: int = Field(default=512, ge=8)
+    rows_per_step: int = Field(default=16, ge=1)
+    window: int = Field(default=4096, ge=1)
+    caption_drop: float = Field(default=0.1, ge=0, le=1)
+    text_first: float = Field(default=0.5, ge=0, le=1)
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    loss: LossWeights = LossWeights()
+
+
+class Source(BaseModel):
+    """path: a shard, a folder of shards or a glob; repeat: how often an epoch shows each sample (2.5: twice, and a
+    changing half of them once more); weight: instead, this source's share of an epoch's samples."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    repeat: float = Field(default=1.0, gt=0)
+    weight: float | None = Field(default=None, gt=0)
+
+
+@dataclass
+class Batch:
+    """B rows of S tokens; position t predicts token t + 1.
+
+    ids, targets, positions: int64 (B, S), positions restart at 0 in every document; weights: float32 (B, S), 0 where
+    nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index into
+    the vocabulary's modalities; document: int32 (B, S), a document's number in its row, -1 for padding.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    modality: torch.Tensor
+    positions: torch.Tensor
+    document: torch.Tensor
+
+    def to(self, device, non_blocking: bool = True) -> "Batch":
+        return Batch(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+
+
+def _raw(n: int, seed: int, stream: int, a: int = 0, b: int = 0) -> np.ndarray:
+    """n random uint64 of Philox (Salmon et al., SC 2011): the raw stream, which no numpy version changes."""
+    key = np.array([seed % 2**64, stream << 56 | a], np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, 0, b, 0], np.uint64)).random_raw(n)
+
+
+def _uniform(raw: np.ndarray) -> np.ndarray:
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def _permutation(n: int, seed: int, stream: int, a: int = 0, b: int = 0) -> np.ndarray:
+    return np.argsort(_raw(n, seed, stream, a, b), kind="stable")
+
+
+class _Store:
+    """Encoded documents, flat. Document d is `tokens[offset[d]:offset[d + 1]]` (int32) with `flags` (uint8) beside it.
+
+    split: for a pair, where its second part starts, else 0; text_second: the pair's text is its second part;
+    has_text: the pair has one; drop: how many tokens a dropped caption takes away. A bad sample is an empty document.
+    """
+
+    def __init__(self):
+        self._pending, self._pooled = [], []
+
+    def add(self, ids: np.ndarray, flags: np.ndarray, split=0, text_second=False, has_text=False) -> None:
+        drop = int(np.count_nonzero(flags & DROPPABLE))
+        self._pending.append((ids, flags, (len(ids), split, text_second, has_text, drop)))
+
+    def add_empty(self) -> None:
+        self.add(np.empty(0, np.int32), np.empty(0, np.uint8))
+
+    def pool(self) -> None:
+        """Joins what came since the last call: one array costs 5 bytes a token, many small ones 200 bytes each."""
+        if self._pending:
+            tokens, flags, meta = zip(*self._pending, strict=True)
+            self._pooled.append((np.concatenate(tokens), np.concatenate(flags), np.array(meta, np.int32)))
+            self._pending = []
+
+    def freeze(self) -> None:
+        pooled = zip(*self._pooled, strict=True)
+        self._pooled = []
+        self.tokens, self.flags, meta = (np.concatenate(parts) for parts in pooled)
+        self.length, self.split, self.drop = meta[:, 0].astype(np.int64), meta[:, 1], meta[:, 4]
+        self.text_second, self.has_text = meta[:, 2].astype(bool), meta[:, 3].astype(bool)
+        self.offset = np.concatenate([[0], np.cumsum(self.length)])
+
+
+def _droppable(ids: np.ndarray, vocab: Vocabulary, pair: bool) -> np.ndarray:
+    """Which tokens of a document guidance may drop, bool (n,).
+
+    In a pair of text and picture the text; in a conversation the user's text right before an answer with a picture.
+    """
+    image = vocab.spans.get("image")
+    pictures = ids == image.begin if image else np.zeros(len(ids), bool)
+    if not pictures.any():
+        return pictures
+    text = ids < vocab.text_size
+    if pair:
+        return text
+    opens = (ids == vocab.user) | (ids == vocab.assistant) | (ids == vocab.system)
+    turn, roles = np.cumsum(opens), np.append(vocab.document, ids[opens])
+    drawn = np.bincount(turn, weights=pictures) > 0
+    drawn = np.append(drawn[1:] & (roles[1:] == vocab.assistant), False)  # the turn after this one is a drawing
+    return text & (drawn & (roles == vocab.user))[turn]
+
+
+class PackedLoader:
+    """Yields `Batch` for ever, epoch after epoch; `state_dict()` says what was consumed.
+
+    sources: one or several of `Source`, or paths; each a folder, glob or shard of codes (of raw media too, encoded
+    while reading: slow). All documents are read at the start: 5 bytes a token. Raises UserError when there are no
+    usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
+    """
+
+    def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
+                 world: int = 1, seed: int = 0):
+        self.config = config = config or LoaderConfig()
+        self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
+        if config.rows_per_step % world:
+            raise UserError(f"rows_per_step = {config.rows_per_step} does not divide over {world} ranks; "
+                            "choose a multiple")
+        sources = [sources] if isinstance(sources, str | Path | Source) else list(sources)
+        self.sources = [s if isinstance(s, Source) else Source(path=str(s)) for s in sources]
+        self.bad = BadSamples(config.max_bad_fraction)
+        self._store = _Store()
+        self._counts = [self._read(source, tokenizers) for source in self.sources]
+        self.bad.finish()
+        self._store.freeze()
+        self._count_positions()
+        names = self.vocab.modalities
+        self._modality_of = self.vocab.modality_of(np.arange(self.vocab.size))
+        self._weight_of = np.array([getattr(config.loss, name, 1.0) for name in names], np.float32)[self._modality_of]
+        self.fingerprint = hash_json([
+            seed, config.row_length, config.window, config.caption_drop, config.text_first, self._slots,
+            int(self._store.length.sum()), zlib.crc32(self._store.tokens)])
+        self._epoch, self._window, self._row = 0, 0, 0
+        self._plan: tuple | None = None
+        self._cached: tuple | None = None
+
+    # ------------------------------------------------------------------------------------------------ reading
+
+    def _read(self, source: Source, tokenizers: Tokenizers) -> int:
+        """Adds a source's documents to the store; returns how many samples it has."""
+        encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
+        count = 0
+        for shard in list_shards(source.path):
+            for sample in read_shard(shard, tokenizers.hash):
+                count += 1
+                try:
+                    self._add(sample, tokenizers, encode_text)
+                    self.bad.good()
+                except BadSample as error:
+                    self.bad.add(error)
+                    self._store.add_empty()
+            self._store.pool()
+        if not count:
+            raise UserError(f"{source.path} holds no samples; make its shards again")
+        return count
+
+    def _add(self, sample: Sample, tokenizers: Tokenizers, encode_text) -> None:
+        document, pair, has_text = document_of(sample, tokenizers.encode_media), False, False
+        if not document.is_conversation:
+            document = document.normalised()
+            parts = [segment.modality for segment in document.segments]
+            pair, has_text = len(parts) == 2 and parts[0] != parts[1], "text" in parts
+        if pair:  # the loss flags then also say where the second part starts
+            first, second = document.segments
+            document = Document((Segment(first.modality, first.content, loss=False), second))
+        try:
+            encoded = encode_document(document, self.vocab, encode_text)
+            if len(encoded.ids) <= 2:
+                raise UserError("it is empty")
+        except (UserError, KeyError) as error:
+            raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
+        flags = encoded.loss * np.uint8(LOSS)
+        if pair or document.is_conversation:
+            flags |= _droppable(encoded.ids, self.vocab, pair) * np.uint8(DROPPABLE)
+        split = int(np.argmax(encoded.loss)) if pair else 0
+        self._store.add(encoded.ids, flags, split, pair and parts[1] == "text", pair and has_text)
+
+    def _count_positions(self) -> None:
+        """How many times an epoch shows each source's samples: `_slots`, per source its number of positions."""
+        weights = [source.weight for source in self.sources]
+        if any(weights) and not all(weights):
+            raise UserError("either all sources have a weight or none has")
+        total = sum(self._counts)
+        self._slots = [max(1, round(total * w / sum(weights) if w else n * source.repeat))
+                       for n, w, source in zip(self._counts, weights, self.sources, strict=True)]
+        self.epoch_length = sum(self._slots)
+        usable = (self._store.length > 0) & (self._store.length <= self.config.row_length)
+        self.too_long = int((self._store.length > self.config.row_length).sum())
+        if not usable.any():
+            raise UserError(f"no document fits a row of {self.config.row_length} tokens; make row_length larger")
+
+    def summary(self) -> dict:
+        """Counts for a log: samples, bad, documents too long for a row (dropped), tokens per modality."""
+        per = np.bincount(self._modality_of[self._store.tokens], minlength=len(self.vocab.modalities))
+        return {"samples": len(self._store.length), "bad": self.bad.bad, "too_long": self.too_long,
+                "pairs": int((self._store.split > 0).sum()), "epoch_length": self.epoch_length,
+                "tokens": dict(zip(self.vocab.modalities, per.tolist(), strict=True))}
+
+    # ------------------------------------------------------------------------------------------------ order
+
+    def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(document, swapped, caption dropped) at every position of an epoch."""
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = epoch, self._make_plan(epoch)
+        return self._plan[1]
+
+    def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        documents, first = [], 0
+        for number, (n, slots) in enumerate(zip(self._counts, self._slots, strict=True)):
+            extras = _permutation(n, self.seed, EXTRAS, epoch, number)[: slots % n]
+            documents.append(first + np.concatenate([np.tile(np.arange(n), slots // n), np.sort(extras)]))
+            first += n
+        documents = np.concatenate(documents)
+        store, n = self._store, len(documents)
+        # Steps of the golden ratio: over the epochs a pair's two orders come as evenly as the share allows.
+        coin = (_uniform(_raw(n, self.seed, SWAPS)) + epoch * 0.6180339887498949) % 1.0
+        text_first = coin < np.where(store.has_text[documents], self.config.text_first, 0.5)
+        swapped = (store.split[documents] > 0) & (text_first == store.text_second[documents])
+        dropped = _uniform(_raw(n, self.seed, CAPTIONS, epoch)) < self.config.caption_drop
+        text_leads = store.text_second[documents] == swapped  # of a pair: only then the picture is drawn from it
+        dropped &= (store.drop[documents] > 0) & ((store.split[documents] == 0) | text_leads)
+        order = _permutation(n, self.seed, ORDER, epoch)
+        return documents[order], swapped[order], dropped[order]
+
+    @property
+    def windows(self) -> int:
+        """Windows in an epoch."""
+        return -(-self.epoch_length // self.config.window)
+
+    def rows(self, epoch: int, window: int) -> list[list[tuple[int, bool, bool]]]:
+        """The rows of a window: lists of (document, swapped, caption dropped)."""
+        if self._cached is None or self._cached[0] != (epoch, window):
+            here = slice(window * self.config.window, (window + 1) * self.config.window)
+            documents, swapped, dropped = (values[here] for values in self.plan(epoch))
+            lengths = self._store.length[documents] - np.where(dropped, self._store.drop[documents], 0)
+            packed = pack(lengths, self.config.row_length).rows
+            entries = list(zip(documents.tolist(), swapped.tolist(), dropped.tolist(), strict=True))
+            order = _permutation(len(packed), self.seed, ROWS, epoch, window)
+            self._cached = (epoch, window), [[entries[i] for i in packed[row]] for row in order]
+        return self._cached[1]
+
+    def _next_rows(self) -> list[list[tuple[int, bool, bool]]]:
+        """The rows of the next step, over all ranks; moves the state on."""
+        rows: list = []
+        while len(rows) < self.config.rows_per_step:
+            here = self.rows(self._epoch, self._window)
+            taken = here[self._row : self._row + self.config.rows_per_step - len(rows)]
+            rows += taken
+            self._row += len(taken)
+            if self._row >= len(here):
+                self._row, self._window = 0, self._window + 1
+                if self._window >= self.windows:
+                    self._window, self._epoch = 0, self._epoch + 1
+        return rows
+
+    def state_dict(self) -> dict:
+        """What was consumed, as JSON: the next step starts at this row of this window of this epoch."""
+        return {"epoch": self._epoch, "window": self._window, "row": self._row, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state` ends, with any world size. Raises UserError when data, order or seed are others."""
+        if state.get("fingerprint") != self.fingerprint:
+            raise UserError("the data, its order or the seed are not those of the checkpoint's run; restore the "
+                            "configuration and the shards, or start the stage anew")
+        self._epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
+
+    # ------------------------------------------------------------------------------------------------ batches
+
+    def tokens_of(self, document: int, swapped: bool, dropped: bool) -> tuple[np.ndarray, np.ndarray]:
+        """A document as it is shown: ids int32 (n,), and whether predicting each counts, bool (n,)."""
+        store = self._store
+        here = slice(store.offset[document], store.offset[document + 1])
+        ids, flags, split = store.tokens[here], store.flags[here], store.split[document]
+        if split and (swapped or dropped):
+            first, second = (ids[split:-1], ids[1:split]) if swapped else (ids[1:split], ids[split:-1])
+            if dropped:
+                first = first[:0]
+            loss = np.ones(len(first) + len(second) + 2, bool)
+            loss[: len(first) + 1] = False
+            return np.concatenate([ids[:1], first, second, ids[-1:]]), loss
+        if dropped:
+            kept = (flags & DROPPABLE) == 0
+            ids, flags = ids[kept], flags[kept]
+        return ids, (flags & LOSS).astype(bool)
+
+    def next_batch(self) -> Batch:
+        """This rank's rows of the next step."""
+        rows, share = self._next_rows(), self.config.rows_per_step // self.world
+        rows = rows[self.rank * share : (self.rank + 1) * share]
+        shape = (share, self.config.row_length)
+        ids = np.full(shape, self.vocab.pad, np.int64)
+        targets = np.full(shape, self.vocab.pad, np.int64)
+        weights, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        document = np.full(shape, -1, np.int32)
+        for r, row in enumerate(rows):
+            start = 0
+            for number, entry in enumerate(row):
+                tokens, loss = self.tokens_of(*entry)
+                stop = start + len(tokens)
+                ids[r, start:stop] = tokens
+                targets[r, start : stop - 1] = tokens[1:]
+                weights[r, start : stop - 1] = np.where(loss[1:], np.float32(1), np.float32(self.config.loss.seen))
+                positions[r, start:stop] = np.arange(stop - start)
+                document[r, start:stop] = number
+                start = stop
+        weights *= self._weight_of[targets]
+        arrays = (ids, targets, weights, self._modality_of[targets], positions, document)
+        return Batch(*map(torch.from_numpy, arrays))
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next_batch()

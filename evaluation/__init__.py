@@ -1,0 +1,1 @@
+"""Tasks, judges, metrics and the report."""

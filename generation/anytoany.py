@@ -1,0 +1,314 @@
+"""`AnyToAny`: text, pictures and sound in; text, pictures and sound out."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from onevocab.common.errors import UserError
+from onevocab.generation import engine
+from onevocab.generation.sampling import Sampling
+from onevocab.model.config import ModelConfig
+from onevocab.model.decoder import Decoder
+from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.document import Document, Segment
+from onevocab.tokenizers.grammar import Grammar
+from onevocab.tokenizers.media import load_audio, load_image, modality_of_path
+from onevocab.tokenizers.vocab import ROLES, Vocabulary
+from onevocab.training.checkpoint import list_steps, load_into, load_weights
+
+STAGES = ("instruct", "pretrain")  # the newest first
+HOW_TO_MAKE = "make one with `make demo` or `torchrun train.py configs/demo.toml`"
+LONGEST_TEXT = 512  # new tokens when nobody says otherwise
+
+
+@dataclass
+class Reply:
+    """text: str, "" if none; images: PIL images; audio: (float32 samples, rate) pairs; ids: the new token
+    ids, the end of the turn included; segments: the parts in order, media as codes: they can go into the
+    next turn as they are.
+    """
+
+    text: str = ""
+    images: list[Image.Image] = field(default_factory=list)
+    audio: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+
+@dataclass
+class Event:
+    """A piece of a streamed reply. kind: "text" (str), "image" (PIL image), "audio_codes" (int array
+    [columns, rows], as they come), "audio" ((samples, rate), the whole sound), "reply" (Reply, the last
+    event)."""
+
+    kind: str
+    value: object
+
+
+class AnyToAny:
+    """A trained model with its tokenizers.
+
+        model = AnyToAny.load("runs/demo")
+        model.generate([pil_image, "What is this?"], want="text", temperature=0).text
+
+    A prompt is a list of parts: a str (always text), a PIL image, a pathlib.Path (a picture or a sound by
+    its ending), a (samples, rate) pair, or a Segment of an earlier reply. A list of {"role", "content"}
+    dicts is a conversation, whose content is such a part or a list of them.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizers: Tokenizers, plain: bool = False):
+        """plain: the model continues documents (pretrain) instead of answering turns."""
+        self.model, self.tokenizers, self.plain = model.eval(), tokenizers, plain
+        self.vocab = tokenizers.vocab
+        sized = {span.name for span in self.vocab.ranges if span.sized}
+        self.grids = {name: [media.grid] for name, media in tokenizers.media.items() if name in sized}
+
+    @classmethod
+    def load(cls, run, stage: str | None = None, device: str | None = None) -> "AnyToAny":
+        """Loads the newest good checkpoint of a run folder: of `stage`, else of instruct, else of pretrain.
+
+        device: default "cuda" where there is one, else "cpu". Reads safetensors and JSON only. Raises
+        UserError when the folder does not exist, is half written, or holds a checkpoint of another
+        vocabulary.
+        """
+        run = Path(run)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot compute on {device!r} here ({reason}); try --device cpu") from None
+        if not run.is_dir():
+            raise UserError(f"no run folder {run}; {HOW_TO_MAKE}")
+        if stage is not None and stage not in STAGES:
+            raise UserError(f"unknown stage {stage!r}; choose {' or '.join(STAGES)}")
+        again = f"finish it with `torchrun train.py {run / 'config.toml'}`"
+        if not (run / "tokenizers" / "vocabulary.json").is_file():
+            raise UserError(f"{run} is not a finished run: tokenizers/vocabulary.json is missing; {again}, "
+                            f"or {HOW_TO_MAKE}")
+        stages = (stage,) if stage else STAGES
+        stage = next((name for name in stages if list_steps(run / name)), None)
+        if stage is None:
+            wanted = " or ".join(f"{name}/step-N" for name in stages)
+            raise UserError(f"{run} is not a finished run: no checkpoint {wanted} is there; {again}")
+        if stage != stages[0]:
+            print(f"note: {run} has no {stages[0]} checkpoint yet; {stage} only continues documents",
+                  file=sys.stderr)
+        tokenizers = Tokenizers.load(run / "tokenizers", device)
+        model = _newest_model(run / stage, tokenizers.vocab)
+        return cls(model.to(device).requires_grad_(False), tokenizers, plain=stage == "pretrain")
+
+    def generate(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, seed: int = 0, guidance: float = 1.0,
+                 max_new_tokens: int | None = None) -> Reply:
+        """One reply to one prompt. want: "any" (the model chooses), "text", "image" or "audio".
+
+        The rest: see `Sampling`; max_new_tokens counts ids, a picture's and a sound's too. Raises
+        UserError on bad input and when the context is full.
+        """
+        return self.generate_batch([prompt], want, temperature, top_k, top_p, seed, guidance,
+                                   max_new_tokens)[0]
+
+    def generate_batch(self, prompts: list, want: str = "any", temperature: float = 1.0, top_k: int = 0,
+                       top_p: float = 1.0, seed: int = 0, guidance: float = 1.0,
+                       max_new_tokens: int | None = None, rows: int = 64) -> list[Reply]:
+        """A reply to each prompt; row i draws with seed + i, so it equals `generate(prompts[i], seed=seed
+        + i)`.
+
+        rows: how many prompts share the model's batch at once.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed, guidance)
+        requests = self._requests(prompts, want, guidance != 1.0, max_new_tokens)
+        ids = []
+        for start in range(0, len(requests), rows):
+            ids += engine.generate(self.model, requests[start : start + rows], sampling)
+        return self._replies(ids)
+
+    def stream(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               seed: int = 0, guidance: float = 1.0, max_new_tokens: int | None = None) -> Iterator[Event]:
+        """Like `generate`, as it comes: see `Event`."""
+        sampling = Sampling(temperature, top_k, top_p, seed, guidance)
+        requests = self._requests([prompt], want, guidance != 1.0, max_new_tokens)
+        ids: list[int] = []  # all
+        start = shown = 0  # of the open segment: its first id, and how much of it was shown
+        span = None
+        for new in engine.stream(self.model, requests, sampling):
+            for id in new[0][1]:
+                ids.append(id)
+                if span is not None and id == span.end:
+                    codes = span.unwrap(np.array(ids[start:]))
+                    yield Event(span.name, self.tokenizers.decode_media(span.name, codes))
+                    span, start, shown = None, len(ids), 0
+                elif span is not None and not span.sized:
+                    if (len(ids) - start - 1) % span.rows == 0:
+                        column = np.array(ids[-span.rows :]) - span.codes_start
+                        yield Event(f"{span.name}_codes", column[None])
+                elif span is None and id >= self.vocab.text_size:
+                    text = self.tokenizers.text.decode(ids[start:-1])
+                    if text[shown:]:
+                        yield Event("text", text[shown:])
+                    span, start, shown = self.vocab.span_of_begin.get(id), len(ids) - 1, 0
+            if span is None and start < len(ids) and ids[-1] < self.vocab.text_size:
+                text = self.tokenizers.text.decode(ids[start:])
+                if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may be split over two ids
+                    yield Event("text", text[shown:])
+                    shown = len(text)
+        if span is None and start < len(ids) and ids[-1] < self.vocab.text_size:
+            text = self.tokenizers.text.decode(ids[start:])
+            if text[shown:]:
+                yield Event("text", text[shown:])
+        yield Event("reply", self._replies([ids])[0])
+
+    # From prompts to requests.
+
+    def _requests(self, prompts: list, want: str, guided: bool,
+                  max_new_tokens: int | None) -> list[engine.Request]:
+        documents = self._documents(prompts)
+        limit, requests = self.model.config.max_length, []
+        if max_new_tokens is None:
+            max_new_tokens = self._longest(want)
+        elif max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+        for row, document in enumerate(documents):
+            ids = self._encode(document)
+            empty = self._encode(_without_request(document)) if guided and want != "text" else None
+            if len(ids) >= limit:
+                raise UserError(f"the context is full: the prompt takes {len(ids)} of {limit} tokens; "
+                                "shorten it")
+            end = self.vocab.end_of_document if self.plain else None
+            try:
+                grammar = Grammar(self.vocab, want, self.grids, min(max_new_tokens, limit - len(ids)), end)
+            except UserError as error:
+                used = f"the prompt takes {len(ids)} of the context's {limit} tokens"
+                raise UserError(f"{error} ({used})") from None
+            requests.append(engine.Request(ids, grammar, row, empty))
+        return requests
+
+    def _longest(self, want: str) -> int:
+        """New tokens allowed when the user sets no limit."""
+        longest = {"text": LONGEST_TEXT}
+        for name, media in self.tokenizers.media.items():
+            span = self.vocab.spans[name]
+            if span.sized:
+                longest[name] = max(span.tokens(grid) for grid in self.grids[name])
+            else:
+                columns = int(media.config.max_seconds * media.columns_per_second)
+                longest[name] = span.tokens((columns, span.rows))
+        return longest.get(want, max(longest.values()))
+
+    def _encode(self, document: Document) -> np.ndarray:
+        if self.plain:
+            return self.tokenizers.encode(document).ids[:-1]  # an open end: the model goes on
+        return self.tokenizers.encode_prompt(document)
+
+    def _documents(self, prompts: list) -> list[Document]:
+        """Prompts -> documents. Media of all prompts are encoded together."""
+        pending: dict[str, list] = {name: [] for name in self.tokenizers.media}
+        drafts = [[(role, [_classify(part, pending) for part in parts]) for role, parts in _messages(prompt)]
+                  for prompt in prompts]
+        codes = {name: self.tokenizers.media[name].encode_batch(sources) if sources else []
+                 for name, sources in pending.items()}
+        documents = []
+        for draft in drafts:
+            segments = []
+            for turn, (role, parts) in enumerate(draft):
+                for modality, content in parts or [("text", "")]:
+                    content = codes[modality][content] if isinstance(content, int) else content
+                    who = (None, 0) if self.plain else (role, turn)
+                    segments.append(Segment(modality, content, *who, loss=role == "assistant"))
+            documents.append(Document(tuple(segments)))
+        return documents
+
+    # From ids to replies.
+
+    def _replies(self, all_ids: list[list[int]]) -> list[Reply]:
+        replies = []
+        ends = (self.vocab.end_of_turn, self.vocab.end_of_document)
+        for ids in all_ids:
+            parts = self.tokenizers.decode_turn(ids[:-1] if ids and ids[-1] in ends else ids)
+            replies.append(Reply(ids=ids, segments=[Segment(*part, role="assistant") for part in parts]))
+        for name, media in self.tokenizers.media.items():
+            wanted = [(reply, part.content) for reply in replies for part in reply.segments
+                      if part.modality == name]
+            values = media.decode_batch([codes for _, codes in wanted])
+            for (reply, _), value in zip(wanted, values, strict=True):
+                (reply.images if name == "image" else reply.audio).append(value)
+        for reply in replies:
+            reply.text = "".join(part.content for part in reply.segments if part.modality == "text")
+        return replies
+
+
+def _newest_model(folder: Path, vocab: Vocabulary) -> Decoder:
+    """The newest whole checkpoint; damaged ones are named on stderr. Raises UserError when none is usable."""
+    damaged = []
+    for step in list_steps(folder):
+        try:
+            weights, info = load_weights(step)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            print(f"note: using {step}, because {'; '.join(damaged)}", file=sys.stderr)
+        info = info if isinstance(info, dict) else {}
+        if (info.get("vocabulary"), info.get("vocab_size")) != (vocab.hash, vocab.size):
+            raise UserError(f"{step} was trained with another vocabulary than {folder.parent / 'tokenizers'} "
+                            "holds; restore that folder or train again")
+        try:
+            model = Decoder(ModelConfig.model_validate(info.get("config")), vocab.size)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{step / 'model.json'} describes no model ({reason}); train again") from None
+        load_into(model, weights, step)
+        return model
+    raise UserError(f"no checkpoint in {folder} can be used: {'; '.join(damaged)}; train again")
+
+
+def _messages(prompt) -> list[tuple[str, list]]:
+    """A prompt -> [(role, parts)]. Raises UserError on what is neither parts nor messages."""
+    parts = list(prompt) if isinstance(prompt, list) else [prompt]
+    if not any(isinstance(part, dict) for part in parts):
+        return [("user", parts)]
+    messages = []
+    for message in parts:
+        keys = set(message) if isinstance(message, dict) else None
+        if keys != {"role", "content"} or message["role"] not in ROLES:
+            raise UserError(f"a message is {{'role': {' | '.join(ROLES)}, 'content': parts}}, "
+                            f"found {str(message)[:80]}")
+        content = message["content"]
+        messages.append((message["role"], list(content) if isinstance(content, list) else [content]))
+    return messages
+
+
+def _classify(part, pending: dict[str, list]) -> tuple[str, object]:
+    """A part -> (modality, text or codes), or (modality, place in pending[modality]) for a medium still
+    to encode."""
+    if isinstance(part, str):
+        return "text", part
+    if isinstance(part, Segment):
+        return part.modality, part.content
+    if isinstance(part, Path):
+        modality = modality_of_path(part)
+        part = load_image(part) if modality == "image" else load_audio(part)
+    elif isinstance(part, Image.Image):
+        modality = "image"
+    elif isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], int | np.integer) and part[1] > 0:
+        modality = "audio"
+    else:
+        raise UserError(f"a prompt's part is a str, a PIL image, a pathlib.Path or a (samples, rate) pair, "
+                        f"found {type(part).__name__}")
+    if modality not in pending:
+        raise UserError(f"this model takes no {modality}; it knows text, {', '.join(pending)}")
+    pending[modality].append(part)
+    return modality, len(pending[modality]) - 1
+
+
+def _without_request(document: Document) -> Document:
+    """The prompt with the user's words gone (training drops them the same way), for guidance."""
+    return Document(tuple(
+        replace(part, content="") if part.modality == "text" and part.role in (None, "user") else part
+        for part in document.segments))

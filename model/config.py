@@ -1,0 +1,28 @@
+"""The shape of a decoder."""
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelConfig(BaseModel):
+    """Qwen3's dense architecture; the vocabulary's size comes from the vocabulary, not from here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = Field(128, gt=0, description="width of the residual stream")
+    layers: int = Field(5, gt=0)
+    heads: int = Field(4, gt=0, description="query heads")
+    kv_heads: int = Field(2, gt=0, description="key and value heads; a divisor of heads")
+    head_dim: int = Field(32, gt=0, description="width of one head; heads * head_dim need not be dim")
+    mlp_dim: int = Field(384, gt=0)
+    rope_base: float = Field(1e4, gt=1)
+    norm_eps: float = Field(1e-6, gt=0)
+    tied: bool = Field(True, description="one matrix is both the embedding and the head")
+    max_length: int = Field(1024, gt=0, description="longest sequence, in tokens")
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
+        return self

@@ -1,0 +1,166 @@
+"""The decoder: Qwen3's dense architecture (Yang et al. 2025, arXiv:2505.09388), under Qwen3's parameter names.
+
+Pre-norm RMSNorm, SwiGLU, grouped-query attention with RMSNorm on each head's q and k, rotary positions, no biases.
+B rows, S positions, H query heads, Hkv key heads, D head_dim; hidden states (B, S, dim).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onevocab.kernels.attention import IntervalMask, attention
+from onevocab.kernels.elementwise import qk_norm_rope, rms_norm, swiglu
+from onevocab.model.cache import KVCache
+from onevocab.model.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.eps = layer, config.head_dim, config.norm_eps
+        inner, kv_inner = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, inner, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_inner, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q = qk_norm_rope(q, self.q_norm.weight, cos, sin, self.eps)
+        k = qk_norm_rope(k, self.k_norm.weight, cos, sin, self.eps)
+        if store is not None:
+            k, v = store(self.layer, k, v)
+        out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Ids in, hidden states out; `logits` or `kernels.linear_cross_entropy` with `head_weight` does the rest."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.embed_tokens = nn.Embedding(vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, vocab_size, bias=False)
+        self.initialise()
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Matrices that read the residual stream keep its scale; those that write to it start small, so that at first
+        a layer sees the embeddings; the embeddings are small enough for near-uniform predictions."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() < 2:
+                    parameter.fill_(1.0)
+                elif name.startswith(("embed_tokens", "lm_head")):
+                    parameter.normal_(std=0.02, generator=generator)
+                else:
+                    std = parameter.shape[1] ** -0.5
+                    if name.endswith(("o_proj.weight", "down_proj.weight")):
+                        std *= 0.1 / self.config.layers**0.5
+                    parameter.normal_(std=std, generator=generator)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, dim)."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, S, D/2) of positions (B, S); the angles are computed in float32 or better."""
+        dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
+        half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
+        frequency = 1.0 / self.config.rope_base ** (half / self.config.head_dim)
+        angle = (positions[..., None].float() * frequency).to(dtype)
+        return angle.cos().to(self.norm.weight.dtype), angle.sin().to(self.norm.weight.dtype)
+
+    def forward(self, ids: Tensor, positions: Tensor, mask: IntervalMask | None, cache: KVCache | None = None) -> Tensor:
+        """ids and positions (B, S) integers -> hidden (B, S, dim) after the last norm. mask=None is plain causal.
+
+        With a cache the new keys go to the slots `positions` of their rows (negative: padding, not stored), and the
+        mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself.
+        """
+        x = self.embed_tokens(ids)
+        cos, sin = self.rotary(positions)
+        store = None
+        if cache is not None:
+            where, n_keys = cache.advance(positions)
+
+            def store(layer, keys, values):
+                return cache.write(layer, where, keys, values, n_keys)
+
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, store)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Logits (..., stop - start) of the ids start .. stop - 1: a slice of the head costs only its share."""
+        return F.linear(hidden, self.head_weight[start:stop])
+
+
+def qwen3_config(config: ModelConfig, vocab_size: int) -> dict:
+    """What `transformers.Qwen3Config(**...)` needs to build the same network."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": vocab_size,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_dim,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_theta": config.rope_base,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "max_position_embeddings": config.max_length,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "torch_dtype": "float32",
+    }
+
+
+def to_qwen3_state_dict(model: Decoder) -> dict[str, Tensor]:
+    """The weights under the names of `Qwen3ForCausalLM`; a tied head is written under both names it has there."""
+    named = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
+    named.setdefault("lm_head.weight", model.head_weight.detach())
+    return named

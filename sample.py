@@ -1,0 +1,169 @@
+"""Ask a trained model: text, pictures and sound in any order in; text, pictures or sound out.
+
+    python sample.py runs/demo --image cat.png --text "What is this?"
+    python sample.py runs/demo --text "Draw a red apple." --want image --out drawings
+    python sample.py runs/demo --audio question.wav --image cat.png
+    python sample.py runs/demo --chat
+"""
+
+import argparse
+import io
+import itertools
+import sys
+from pathlib import Path
+
+from onevocab.common.errors import UserError, cli
+
+CHAT_HELP = """Type a message. /image FILE and /audio FILE add a picture or a sound to the next message,
+/want any|text|image|audio sets what the answers are, /reset starts over, /help shows this, /quit leaves."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see python sample.py --help")
+
+
+class _Part(argparse.Action):
+    """Appends (kind, value): --text, --image and --audio keep the order in which they are given."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        parts = list(getattr(namespace, "parts", None) or [])
+        namespace.parts = [*parts, (self.dest, value)]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="sample.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run folder, for example runs/demo")
+    for kind in ("text", "image", "audio"):
+        parser.add_argument(f"--{kind}", action=_Part, metavar="TEXT" if kind == "text" else "FILE",
+                            help=f"a piece of the prompt: {kind}; may be repeated, the order counts")
+    parser.add_argument("--want", default="any", help="any (default), text, image or audio")
+    parser.add_argument("--out", default=".", metavar="DIR", help="for pictures and sounds (default: .)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: 0, all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest up to this mass (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=1.0,
+                        help="how strongly pictures and sounds follow the words; 1: as trained (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=None, help="media count too")
+    parser.add_argument("--count", type=int, default=1, help="answers, from seeds SEED, SEED + 1, ...")
+    parser.add_argument("--stage", default=None, help="instruct or pretrain (default: the newest there is)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--chat", action="store_true", default=False, help="many turns; type /help")
+    arguments = parser.parse_args(argv)
+    arguments.parts = getattr(arguments, "parts", [])
+    return arguments
+
+
+def load_part(kind: str, value: str):
+    """What --KIND VALUE says. Raises UserError when the file is missing or cannot be read."""
+    from onevocab.tokenizers.media import load_audio, load_image
+
+    return value if kind == "text" else {"image": load_image, "audio": load_audio}[kind](Path(value))
+
+
+def write_new(folder: Path, kind: str, ending: str, content: bytes) -> Path:
+    """Writes FOLDER/KIND-N.ENDING under the first free N: nothing is ever overwritten."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            path = folder / f"{kind}-{number}.{ending}"
+            try:
+                with open(path, "xb") as file:
+                    file.write(content)
+                return path
+            except FileExistsError:
+                continue
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to {folder}: {reason}; choose another --out") from None
+
+
+def write_image(folder: Path, image) -> Path:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return write_new(folder, "image", "png", buffer.getvalue())
+
+
+def write_sound(folder: Path, sound) -> Path:
+    from onevocab.tokenizers.media import encode_audio
+
+    return write_new(folder, "audio", "wav", encode_audio(*sound, format="WAV"))
+
+
+def chat(model, parts: list, out: Path, options: dict) -> None:
+    """Reads messages from standard input until /quit or its end; `parts` are the first, if any.
+
+    A user's mistake costs the message, not the chat.
+    """
+    messages = []
+    if sys.stdin.isatty():
+        print(CHAT_HELP)
+    answer_now = bool(parts)
+    while True:
+        try:
+            line = "" if answer_now else input("> " if sys.stdin.isatty() else "").strip()
+            answer_now = False
+            command, _, value = line.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            elif command in ("/image", "/audio"):
+                parts.append(load_part(command[1:], value.strip()))
+            elif command == "/want":
+                if value.strip() not in (choices := ("any", *model.vocab.modalities)):
+                    raise UserError(f"cannot make {value.strip()!r}; choose {', '.join(choices)}")
+                options["want"] = value.strip()
+            elif command == "/reset":
+                messages, parts = [], []
+            elif command.startswith("/") and command[1:].isalpha():  # /help, or misspelt
+                print(CHAT_HELP)
+            elif line or parts:
+                turn = {"role": "user", "content": parts + ([line] if line else [])}
+                parts = []
+                for event in model.stream([*messages, turn], **options):
+                    if event.kind == "text":
+                        print(event.value, end="", flush=True)
+                    elif event.kind == "image":
+                        print(f"[{write_image(out, event.value)}]", end="", flush=True)
+                    elif event.kind == "audio":
+                        print(f"[{write_sound(out, event.value)}]", end="", flush=True)
+                    elif event.kind == "reply":
+                        messages += [turn, {"role": "assistant", "content": event.value.segments}]
+                        print()
+                options["seed"] += 1
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        except EOFError:
+            return
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    out = Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is not a folder; choose another")
+    if not arguments.parts and not arguments.chat:
+        raise UserError("nothing to answer; give --text, --image or --audio, or --chat")
+    if arguments.count < 1:
+        raise UserError(f"--count is {arguments.count}; it must be 1 or more")
+    parts = [load_part(*part) for part in arguments.parts]
+    from onevocab.generation import AnyToAny
+
+    names = ("want", "temperature", "top_k", "top_p", "seed", "guidance", "max_new_tokens")
+    options = {name: getattr(arguments, name) for name in names}
+    model = AnyToAny.load(arguments.run, arguments.stage, arguments.device)
+    if arguments.chat:
+        return chat(model, parts, out, options)
+    for reply in model.generate_batch([parts] * arguments.count, **options):
+        if reply.text:
+            print(reply.text)
+        for image in reply.images:
+            print(write_image(out, image))
+        for sound in reply.audio:
+            print(write_sound(out, sound))
+
+
+if __name__ == "__main__":
+    main()

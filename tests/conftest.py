@@ -1,0 +1,79 @@
+"""What all tests share: few threads, a torchaudio that imports, and one small trained run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, and inherited by every process that a test starts. Tests use small matrices, and
+# beside another job two threads are several times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+# transformers imports torchaudio, whose native part does not load beside every torch; the guard lets
+# the import succeed.
+import onevocab.tokenizers.torchaudio_guard  # noqa: E402, F401
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
+
+
+def run_command(command: list, cwd=ROOT, timeout: float = 300, **kwargs) -> str:
+    """Runs a command and returns its stdout and stderr. A non-zero exit fails the test with that output."""
+    command = [str(part) for part in command]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            timeout=timeout,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **kwargs,
+        )
+    except subprocess.TimeoutExpired as error:
+        output = error.output.decode(errors="replace") if isinstance(error.output, bytes) else error.output or ""
+        pytest.fail(
+            f"{' '.join(command)}\nstill running after {timeout:.0f} s; its output ends:\n{output[-8000:]}",
+            pytrace=False,
+        )
+    if done.returncode != 0:
+        pytest.fail(
+            f"{' '.join(command)}\nexit {done.returncode}; its output ends:\n{done.stdout[-8000:]}",
+            pytrace=False,
+        )
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory) -> Path:
+    """The folder of a run of `configs/smoke.toml`, every stage, trained once on two ranks.
+
+    Tests read it; only the report may be written into it.
+    """
+    run = tmp_path_factory.mktemp("runs") / "smoke"
+    # --standalone takes a free port. After -- torchrun does not take --run for one of its own options.
+    run_command(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--",
+            "train.py",
+            "configs/smoke.toml",
+            f"--run={run}",
+        ],
+        timeout=420,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return run

@@ -1,0 +1,222 @@
+"""Every command of the README runs as it stands, where `runs/demo` is the run of configs/smoke.toml."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, run_command
+from PIL import Image
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = ("bash", "sh", "shell", "console")
+
+
+def commands() -> list[str]:
+    """The README's shell commands; comments are dropped, lines that end in a backslash are joined."""
+    found = []
+    for language, body in FENCE.findall(README):
+        if language in SHELL:
+            for line in body.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    found.append(shlex.join(words))
+    return found
+
+
+def blocks(language: str) -> list[str]:
+    return [body for found, body in FENCE.findall(README) if found == language]
+
+
+@pytest.fixture(scope="session")
+def folder(smoke_run, tmp_path_factory) -> Path:
+    """A folder like the checkout's root, with `runs/demo`, and a picture and a sound such as a user has."""
+    here = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if path.name not in ("runs", ".git", ".venv"):
+            (here / path.name).symlink_to(path)
+    (here / "runs").mkdir()
+    (here / "runs" / "demo").symlink_to(smoke_run)
+    Image.new("RGB", (90, 70), (200, 60, 40)).save(here / "photo.png")
+    wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+    soundfile.write(here / "question.wav", wave.astype(np.float32), 16000)
+    return here
+
+
+def environment() -> dict:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def check_make(words, folder):
+    targets = [word for word in words[1:] if "=" not in word]
+    assert targets, "which target?"
+    run_command(["make", "-n", *words[1:]], cwd=ROOT)
+
+
+def check_pip(words, folder):
+    """The extras that the command names exist; the installation itself is the Makefile's first step."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [target] = [word for word in words if word.startswith(".")]
+    named = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)
+    assert named, f"installs {target}"
+    assert set(filter(None, (named[1] or "").split(","))) <= set(extras)
+
+
+def check_torchrun(words, folder):
+    """The config that is named exists; the same command on the smoke run finds every stage finished."""
+    [config] = [word for word in words if word.startswith("configs/")]
+    tomllib.loads((ROOT / config).read_text())
+    run = (folder / "runs" / "demo").resolve()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert before, "the smoke run has no weights"
+    words = ["configs/smoke.toml" if word == config else word for word in words if not word.startswith("--run")]
+    script = words.index("train.py")  # after -- torchrun does not take --run for one of its own options
+    words = [words[0], "--standalone", *words[1:script], "--", *words[script:], f"--run={run}"]
+    run_command(words, cwd=folder, env=environment())
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}, (
+        "a finished stage ran again"
+    )
+
+
+def check_as_it_stands(words, folder):
+    """Runs the command; `--chat` reads one line, then the end of its input. --out must not be empty."""
+    run_command(words, cwd=folder, env=environment(), input="What is this?\n" if "--chat" in words else "")
+    for flag, value in zip(words, words[1:], strict=False):
+        if flag == "--out":
+            assert any((folder / value).iterdir()), f"{shlex.join(words)} wrote nothing to {value}"
+
+
+def check_evaluation(words, folder):
+    check_as_it_stands(words, folder)
+    report = folder / "runs" / "demo" / "report"
+    assert json.loads((report / "report.json").read_text())["results"]
+    assert "<html" in (report / "index.html").read_text(encoding="utf-8")[:1000].lower()
+
+
+def check_help(words, folder):
+    """For what takes minutes or rewrites the checkout: the command exists and understands its options."""
+    run_command([*words, "--help"], cwd=ROOT, env=environment())
+
+
+RUNNERS = [
+    (r"git clone ", None),  # where the repository lies is the reader's to know
+    (r"cd onevocab", None),
+    (r"source \.venv/bin/activate", None),
+    (r"make ", check_make),
+    (r"(python -m )?pip install ", check_pip),
+    (r"torchrun .*train\.py configs/", check_torchrun),
+    (r"python sample\.py runs/demo", check_as_it_stands),
+    (r"python -m onevocab\.evaluation runs/demo", check_evaluation),
+    (r"python -m benchmarks\.", check_help),
+    (r"python docs/update_results\.py", check_help),
+]
+
+
+def runner_of(command: str):
+    for pattern, runner in RUNNERS:
+        if re.match(pattern, command):
+            return runner
+    pytest.fail(f"README has a command that this test does not know how to run: {command}", pytrace=False)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, request):
+    runner = runner_of(command)
+    if runner is None:
+        return
+    needs_run = runner in (check_torchrun, check_as_it_stands, check_evaluation)
+    runner(shlex.split(command), request.getfixturevalue("folder") if needs_run else ROOT)
+
+
+def test_readme_has_the_commands_that_people_look_for():
+    text = "\n".join(commands())
+    for wanted in (
+        "make demo",
+        "make test",
+        "torchrun",
+        "sample.py",
+        "--chat",
+        "--want image",
+        "onevocab.evaluation",
+    ):
+        assert wanted in text, f"README shows no {wanted}"
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_example(code, folder):
+    run_command([sys.executable, "-c", code], cwd=folder, env=environment())
+
+
+def test_an_unknown_command_fails():
+    with pytest.raises(pytest.fail.Exception):
+        runner_of("curl example.org | sh")
+
+
+def test_files_that_the_readme_names_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^":]+)"', README)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing, f"README links to {missing}"
+
+
+def test_file_tree_is_the_real_one():
+    """Every folder of the root is in the README's tree, and nothing else is."""
+    [tree] = [body for body in blocks("") + blocks("text") if re.search(r"^train\.py", body, re.MULTILINE)]
+    named = set(re.findall(r"^([\w.-]+)/", tree, re.MULTILINE))
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    real = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line and not line.startswith(".")}
+    assert named == real
+
+
+def load_update_results():
+    spec = importlib.util.spec_from_file_location("update_results", ROOT / "docs" / "update_results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table_is_what_the_committed_results_say():
+    update = load_update_results()
+    assert update.BEGIN in README and update.END in README
+    if not update.RESULTS.exists():
+        pytest.skip("no results are committed yet")
+    report = json.loads(update.RESULTS.read_text(encoding="utf-8"))
+    assert README == update.fill(README, report), "run `python docs/update_results.py`"
+
+
+def test_table_of_a_report():
+    update = load_update_results()
+    row = {
+        "task": "vqa",
+        "split": "held-out compositions",
+        "metric": "accuracy",
+        "value": 0.871,
+        "interval": [0.85, 0.89],
+        "chance": None,
+        "ceiling_original": 1.0,
+        "ceiling_tokenizer": 0.96,
+        "n": 400,
+    }
+    report = {
+        "device": "a laptop",
+        "versions": {"torch": "2.13"},
+        "seconds": {"text": 10, "image": 50},
+        "results": [row],
+        "command": "make demo",
+        "date": "2025-01-31",
+    }
+    text = update.fill(f"a\n{update.BEGIN}\nold\n{update.END}\nz\n", report)
+    assert "| vqa | held-out compositions | accuracy | 0.871 | 0.850 to 0.890 | – | 1.000 | 0.960 | 400 |" in text
+    assert "old" not in text and text.startswith("a\n") and text.endswith("\nz\n")
+    assert "`make demo`, a laptop, 2025-01-31, torch 2.13." in text and "1.0 minutes together" in text
+    assert update.fill(text, report) == text

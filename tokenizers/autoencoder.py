@@ -1,0 +1,100 @@
+"""The convolutional autoencoder around a quantizer that turns a picture or a spectrogram into a grid of codes.
+
+The encoder sees one patch a code (plus what `encoder_kernel` > 1 adds): a code then depends on little but its own
+patch, the same patch gives the same code wherever it stands, and such codes are easy for the decoder Transformer to
+predict. The decoder may look around (3x3), so it hides the seams.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from onevocab.tokenizers.quantizers import QuantizerConfig, build_quantizer
+
+
+class AutoencoderConfig(BaseModel):
+    """width: channels at the grid; fine_width: after one upsampling by two; *_blocks: residual blocks of each part."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    width: int = Field(default=128, ge=8)
+    fine_width: int = Field(default=64, ge=8)
+    encoder_blocks: int = Field(default=2, ge=0)
+    encoder_kernel: int = Field(default=1, ge=1, le=7)
+    decoder_blocks: int = Field(default=2, ge=0)
+    decoder_kernel: int = Field(default=3, ge=1, le=7)
+    fine_blocks: int = Field(default=2, ge=0)
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+
+class Block(nn.Module):
+    """x + conv(gelu(conv(gelu(x)))), the last convolution started at zero: stable without normalisation, which would
+    mix distant patches."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        self.second = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.gelu(self.first(F.gelu(x))))
+
+
+class GridAutoencoder(nn.Module):
+    """(B, channels, H, W) <-> grid of codes (B, H / patch[0], W / patch[1]).
+
+    H and W are multiples of the patch; the patch's sides are even.
+    """
+
+    def __init__(self, channels: int, patch: tuple[int, int], config: AutoencoderConfig):
+        super().__init__()
+        self.channels, self.patch, self.config = channels, patch, config
+        self.quantizer = build_quantizer(config.quantizer)
+        width, fine, dim = config.width, config.fine_width, self.quantizer.dim
+        self.encoder = nn.Sequential(
+            nn.Conv2d(channels, width, patch, stride=patch),
+            *(Block(width, config.encoder_kernel) for _ in range(config.encoder_blocks)),
+            nn.GELU(), nn.Conv2d(width, dim, 1))
+        half = (patch[0] // 2, patch[1] // 2)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, width, 3, padding=1),
+            *(Block(width, config.decoder_kernel) for _ in range(config.decoder_blocks)),
+            nn.GELU(), nn.ConvTranspose2d(width, fine, 2, stride=2),
+            *(Block(fine, 3) for _ in range(config.fine_blocks)),
+            nn.GELU(), nn.ConvTranspose2d(fine, channels, half, stride=half))
+        self.to(memory_format=torch.channels_last)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, h, w, dim), before the quantizer."""
+        return self.encoder(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """(B, h, w, dim) -> (B, channels, H, W)"""
+        return self.decoder(latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+
+    @torch.inference_mode()
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> codes (B, h, w) int64"""
+        return self.quantizer.encode(self.latents(x))
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, h, w) -> (B, channels, H, W)"""
+        return self.reconstruct(self.quantizer.decode(codes))
+
+    def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch (B, channels, H, W) and what to log. quantize=False trains a plain autoencoder, from whose
+        latents k-means then starts the codebook."""
+        latents = self.latents(x)
+        if quantize:
+            latents, codes, commitment = self.quantizer.quantize(latents)
+        else:
+            latents, commitment = self.quantizer.relax(latents), latents.new_zeros(())
+        error = self.reconstruct(latents) - x
+        mse, mae = error.square().mean(), error.abs().mean()
+        logs = {"mse": mse.detach()}
+        if quantize:
+            logs["codes_used"] = codes.unique().numel() / self.quantizer.size
+        return mse + 0.1 * mae + commitment, logs

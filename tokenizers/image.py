@@ -1,0 +1,82 @@
+"""Pictures <-> grids of codes."""
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+
+from onevocab.common.errors import UserError
+from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
+from onevocab.tokenizers.media import load_image
+
+
+class ImageConfig(AutoencoderConfig):
+    """[image]: size: height and width in pixels that pictures are brought to; patch: pixels a code covers each way;
+    max_side: largest height or width, in codes, that the vocabulary can say; the rest is how long it trains."""
+
+    size: tuple[int, int] = (64, 64)
+    patch: int = Field(default=8, ge=2, multiple_of=2)
+    max_side: int = Field(default=32, ge=1, le=4096)
+    steps: int = Field(default=1500, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+
+
+class ImageTokenizer(GridAutoencoder):
+    """RGB pictures of any size that is a multiple of the patch; others are resized to the configured size.
+
+    Codes are [rows, columns]. Pixel values are scaled to -1..1.
+    """
+
+    name = "image"
+
+    def __init__(self, config: ImageConfig):
+        super().__init__(3, (config.patch, config.patch), config)
+        if any(side % config.patch or side // config.patch > config.max_side for side in config.size):
+            raise UserError(f"[image] size {config.size} must be a multiple of patch {config.patch}, "
+                            f"at most max_side {config.max_side} codes a side")
+
+    @property
+    def layout(self) -> dict:
+        """What the vocabulary needs to know: see `Vocabulary.build`."""
+        return {"name": self.name, "sizes": self.config.max_side, "codes": self.quantizer.size, "rows": 0}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes of a picture of the configured size."""
+        return self.config.size[0] // self.config.patch, self.config.size[1] // self.config.patch
+
+    def read(self, source) -> torch.Tensor:
+        """PIL image, path or bytes -> uint8 (3, H, W) of the configured size."""
+        image = source.convert("RGB") if isinstance(source, Image.Image) else load_image(source)
+        height, width = self.config.size
+        if image.size != (width, height):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    @staticmethod
+    def prepare(pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, H, W) -> float -1..1"""
+        return pixels.float() / 127.5 - 1
+
+    @staticmethod
+    def to_pictures(x: torch.Tensor) -> list[Image.Image]:
+        """float (B, 3, H, W) -> pictures"""
+        pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in pixels]
+
+    def encode_batch(self, sources: list) -> list[np.ndarray]:
+        """Pictures (see `read`) -> codes [rows, columns] each."""
+        device = next(self.parameters()).device
+        codes = [self.encode(self.prepare(torch.stack([self.read(s) for s in sources[i : i + 64]]).to(device)))
+                 for i in range(0, len(sources), 64)]
+        return list(torch.cat(codes).cpu().numpy())
+
+    def decode_batch(self, grids: list[np.ndarray]) -> list[Image.Image]:
+        """Codes [rows, columns] each, any sizes -> pictures."""
+        device = next(self.parameters()).device
+        pictures = []
+        for grid in grids:
+            codes = torch.from_numpy(np.asarray(grid, np.int64)).to(device)
+            pictures += self.to_pictures(self.decode(codes[None]))
+        return pictures

@@ -1,0 +1,57 @@
+"""The short loop that trains a media tokenizer's autoencoder: knows a module with a quantizer and tensors."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from onevocab.training import checkpoint, distributed
+from onevocab.training.metrics import MetricsLog, progress
+from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.schedule import ScheduleConfig, multiplier
+
+PLAIN = 0.25  # part of the steps before the codebook starts
+SAVE_EVERY = 500
+
+
+def train_autoencoder(
+    model: nn.Module, sample: Callable[[torch.Generator], Tensor], steps: int, learning_rate: float, folder,
+    log: MetricsLog, stage: str, seed: int,
+) -> None:
+    """Trains `model(x, quantize) -> (loss, logs)`, first without its quantizer, which k-means then starts.
+
+    sample: generator -> a batch (B, channels, H, W). Continues from the newest checkpoint of `folder`.
+    """
+    optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
+    schedule = ScheduleConfig(kind="wsd", warmup=0.02, decay=0.5, floor=0.02)
+    found = checkpoint.load_latest(folder, model, optimizers)
+    start = found.step if found else 0
+    log.cut_back(stage, start)
+    # No find_unused_parameters: every parameter takes part, with the quantizer or without.
+    wrapped = DistributedDataParallel(model) if distributed.world() > 1 else model
+    model.train()
+    bar = progress(steps, start, stage, distributed.is_main())
+    for step in range(start, steps):
+        generator = torch.Generator().manual_seed(hash((seed, step, distributed.rank())) % 2**63)
+        quantize = step >= round(PLAIN * steps)
+        if step == round(PLAIN * steps):
+            with torch.no_grad():
+                latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
+            model.quantizer.start(torch.cat(latents))
+        loss, logs = wrapped(sample(generator), quantize)
+        optimizers.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(multiplier(schedule, step, steps))
+        bar.update()
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            values = {name: float(value) for name, value in logs.items()}
+            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            log.write(stage, step + 1, loss=float(loss.detach()), **values)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if distributed.is_main():
+                checkpoint.save(folder, step + 1, model, {}, optimizers, {})
+            distributed.barrier()
+    bar.close()
+    model.eval()

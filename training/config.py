@@ -1,0 +1,21 @@
+"""How one language stage is trained."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from onevocab.training.muon import OptimizerConfig
+from onevocab.training.schedule import ScheduleConfig
+
+
+class TrainConfig(BaseModel):
+    """steps: optimiser steps; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
+    max_bad_steps: so many non-finite losses in a row stop the run; *_every: in steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: int = Field(default=1000, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    z_loss: float = Field(default=1e-5, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    max_bad_steps: int = Field(default=10, ge=1)
+    log_every: int = Field(default=20, ge=1)
+    save_every: int = Field(default=500, ge=1)

@@ -1,0 +1,126 @@
+"""The loop of both language stages: one straight line from a batch to an update."""
+
+import math
+import signal
+import time
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from onevocab.common.errors import UserError
+from onevocab.kernels.attention import IntervalMask
+from onevocab.kernels.cross_entropy import linear_cross_entropy
+from onevocab.training import checkpoint, distributed
+from onevocab.training.config import TrainConfig
+from onevocab.training.metrics import MetricsLog, progress
+from onevocab.training.muon import build_optimizers
+from onevocab.training.schedule import multiplier
+
+
+class Stopped(Exception):
+    """The run was asked to stop; everything is saved."""
+
+
+class NextTokenLoss(nn.Module):
+    """decoder: ids (B, S), positions (B, S), IntervalMask -> hidden (B, S, dim), with `head_weight` (V, dim)."""
+
+    def __init__(self, decoder: nn.Module, z_loss: float):
+        super().__init__()
+        self.decoder, self.z_loss = decoder, z_loss
+
+    def forward(self, batch) -> tuple[Tensor, Tensor]:
+        """-> (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is)."""
+        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document))
+        return linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head_weight, batch.targets.flatten(),
+                                    batch.weights.flatten(), self.z_loss)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT until the end of a step."""
+
+    def __enter__(self):
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train_language(
+    decoder: nn.Module, loader, config: TrainConfig, folder, model_info: dict, modalities: list[str],
+    log: MetricsLog, stage: str, device: torch.device,
+) -> None:
+    """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
+
+    loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, weights, modality, positions,
+    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. Raises Stopped after a signal,
+    and UserError when the loss stays non-finite.
+    """
+    optimizers = build_optimizers(decoder, config.optimizer)
+    found = checkpoint.load_latest(folder, decoder, optimizers)
+    start = found.step if found else 0
+    if found:
+        for line in found.damaged:
+            print(f"skipped a damaged checkpoint: {line}")
+        loader.load_state_dict(found.state["loader"])
+    log.cut_back(stage, start)
+
+    def save(step: int) -> None:
+        if distributed.is_main():
+            checkpoint.save(folder, step, decoder, model_info, optimizers, {"loader": loader.state_dict()})
+        distributed.barrier()
+
+    module = NextTokenLoss(decoder, config.z_loss)
+    model = DistributedDataParallel(module) if distributed.world() > 1 else module
+    decoder.train()
+    sums = torch.zeros(3, len(modalities), device=device)  # weighted nll, weights, tokens; since the last report
+    bad, began, saved = 0, time.perf_counter(), start
+    with StopSignal() as stop, progress(config.steps, start, stage, distributed.is_main()) as bar:
+        for step in range(start, config.steps):
+            batch = loader.next_batch().to(device)
+            total_weight = distributed.all_reduce_sum(batch.weights.sum())
+            loss, nll = model(batch)
+            # DDP averages gradients over ranks; times their number is the sum, over the weight of all of them.
+            mean = loss * distributed.world() / total_weight.clamp_min(1e-6)
+            optimizers.zero_grad()
+            mean.backward()
+            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.clip)
+            rate = multiplier(config.schedule, step, config.steps)
+            if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item())), device):
+                bad += 1
+                log.write(stage, step + 1, skipped="non-finite loss")
+                if bad >= config.max_bad_steps:
+                    raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {step + 1}; "
+                                    f"start again with lower learning rates from {folder}")
+            else:
+                bad = 0
+                optimizers.step(rate)
+
+            kind, weights = batch.modality.flatten().long(), batch.weights.flatten()
+            sums[0].index_add_(0, kind, nll.to(sums.dtype) * weights)
+            sums[1].index_add_(0, kind, weights)
+            sums[2].index_add_(0, kind, (batch.document.flatten() >= 0).to(sums.dtype))
+            bar.update()
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                distributed.all_reduce_sum(sums)
+                seconds, began = time.perf_counter() - began, time.perf_counter()
+                losses = {name: sums[0, i].item() / sums[1, i].item() for i, name in enumerate(modalities) if sums[1, i]}
+                speed = sums[2].sum().item() / seconds
+                bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()} | {"tok/s": f"{speed:,.0f}"})
+                log.write(stage, done, **{f"loss_{name}": value for name, value in losses.items()},
+                          tokens_per_second=speed, gradient_norm=norm.item(), learning_rate=rate)
+                sums.zero_()
+            if done % config.save_every == 0 or done == config.steps:
+                save(done)
+                saved = done
+            if distributed.agree(stop.asked, device) and done < config.steps:
+                if saved < done:
+                    save(done)
+                raise Stopped(f"{stage} stopped at step {done}; the same command continues")

@@ -1,0 +1,86 @@
+"""What a run writes down: metrics.jsonl, curves, a progress bar, and wandb when it is asked for."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onevocab.common.files import write_atomic
+
+
+class MetricsLog:
+    """Appends JSON lines {"stage", "step", ...} to a file; active on one rank only (path None: does nothing).
+
+    wandb: a project's name, or None. wandb can never stop a run: whatever it raises is said once, then it is left out.
+    """
+
+    def __init__(self, path=None, wandb: str | None = None, run_name: str = ""):
+        self.path, self._wandb = Path(path) if path else None, None
+        if self.path and wandb:
+            try:
+                import wandb as library
+
+                self._wandb = library.init(project=wandb, name=run_name)
+            except Exception as error:
+                print(f"wandb is left out: {error}", file=sys.stderr)
+
+    def write(self, stage: str, step: int, **values) -> None:
+        if self.path is None:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        if self._wandb is not None:
+            try:
+                self._wandb.log({f"{stage}/{name}": value for name, value in values.items()})
+            except Exception as error:
+                print(f"wandb is left out from here: {error}", file=sys.stderr)
+                self._wandb = None
+
+    def cut_back(self, stage: str, step: int) -> None:
+        """Forgets a stage's lines after `step`: a resumed run writes them again."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path) -> list[dict]:
+    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def plot_curves(metrics_path, stage: str, out_path) -> None:
+    """Draws a stage's losses over its steps into a PNG; does nothing when there are none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [line for line in read_metrics(metrics_path) if line["stage"] == stage]
+    names = sorted({name for line in lines for name in line if name == "loss" or name.startswith("loss_")})
+    if not names:
+        return
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in names:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1.2)
+    axes.set(title=f"{stage}", xlabel="step", ylabel="loss (nats a token)" if len(names) > 1 else "loss")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out_path, dpi=110)
+    plt.close(figure)
+
+
+def progress(total: int, done: int, label: str, active: bool) -> tqdm:
+    """A bar with rate and time left; on a log file it writes a line now and then instead of many."""
+    interactive = sys.stderr.isatty()
+    return tqdm(total=total, initial=done, desc=label, disable=not active, dynamic_ncols=True,
+                mininterval=0.5 if interactive else 15.0, maxinterval=60.0, unit="step")
