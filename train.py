@@ -151,10 +151,10 @@ class Run:
     def train_image(self) -> None:
         tokenizer = ImageTokenizer(self.config.image)
         pixels = pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
-        size = self.config.image.batch_size // distributed.world()
 
         def sample(generator: torch.Generator) -> torch.Tensor:
-            return tokenizer.prepare(pixels[torch.randint(len(pixels), (size,), generator=generator)]).to(self.device)
+            chosen = self._choose(len(pixels), self.config.image.batch_size, generator)
+            return tokenizer.prepare(pixels[chosen].to(self.device))
 
         self._train_autoencoder("image", tokenizer, sample, self.config.image)
 
@@ -164,14 +164,18 @@ class Run:
         if len(mels):
             tokenizer.mean.fill_(mels.mean())
             tokenizer.deviation.fill_(mels.std())
-        size = self.config.audio.batch_size // distributed.world()
 
         def sample(generator: torch.Generator) -> torch.Tensor:
-            chosen = mels[torch.randint(len(mels), (size,), generator=generator)]
-            return tokenizer.standardise(chosen.to(self.device))
+            chosen = self._choose(len(mels), self.config.audio.batch_size, generator)
+            return tokenizer.standardise(mels[chosen].to(self.device))
 
         if len(mels):
             self._train_autoencoder("audio", tokenizer, sample, self.config.audio)
+
+    @staticmethod
+    def _choose(count: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+        """This rank's part of a batch that is the same for every number of ranks."""
+        return torch.randint(count, (batch_size,), generator=generator)[distributed.rank() :: distributed.world()]
 
     def _train_autoencoder(self, name: str, tokenizer, sample, settings) -> None:
         tokenizer.to(self.device)

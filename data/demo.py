@@ -54,7 +54,7 @@ class _Studio:
         take = (spoken.words_per_minute + spoken.pitch) % self.takes
         key = spoken.text, spoken.voice, take
         if key not in self.clips:
-            samples = speech.speak(spoken.text.rstrip("?"), spoken.voice, spoken.words_per_minute, spoken.pitch)
+            samples = speech.speak(spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch)
             self.clips[key] = encode_audio(samples, speech.RATE)
         return self.clips[key]
 
@@ -130,7 +130,7 @@ def _write(folder: Path, kinds_index: int, config: DemoConfig, samples_per_shard
     studio = _Studio(config.clips_per_voice)
     for number, (prefix, kind, make, conversation) in enumerate((PICTURES, SOUNDS)[kinds_index]):
         rng = np.random.default_rng((config.seed, kinds_index, number))
-        with ShardWriter(folder, f"{prefix}-{kind}", samples_per_shard) as writer:
+        with ShardWriter(folder, f"{prefix}-{kind}", samples_per_shard, overwrite=True) as writer:
             for i in range(getattr(config, kind)):
                 sample = to_members(make(rng), {"task": kind}, studio, conversation)
                 writer.write(f"{kind}-{i:06d}", sample)

@@ -65,7 +65,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "yes_no": ("Is there {a_name}?", "Do you see {a_name}?", "Does the picture show {a_name}?",
                "Is there {a_name} in the picture?", "Can you see {a_name}?"),
     "draw": ("Draw {caption}.", "Paint {caption}.", "Make a picture of {caption}.", "Show me {caption}.",
-             "Give me a picture of {caption}.", "I want to see {caption}.", "Make {caption}."),
+             "Give me a picture of {caption}.", "I want to see {caption}.", "Let me see {caption}."),
     "edit_grey": ("Make it grey.", "Turn the picture grey.", "Take the colours away.", "Paint it grey.",
                   "Make the picture grey."),
     "edit_mirror": ("Mirror it.", "Flip the picture.", "Show it in a mirror.", "Mirror the picture.", "Flip it."),

@@ -16,7 +16,8 @@ from onevocab.tokenizers.torchaudio_guard import torchaudio
 
 RATE = 16_000
 NARRATOR = "en-us"
-TRAIN_VOICES = (NARRATOR, *(f"en-us+{variant}" for variant in "f1 f3 m1 m2 m3 m5 m6 m7".split()), "en-gb-x-rp")
+# Without f3: its breath is drawn from noise that is not seeded, so the shards would differ from run to run.
+TRAIN_VOICES = (NARRATOR, *(f"en-us+{variant}" for variant in "f1 f4 m1 m2 m3 m5 m6 m7".split()), "en-gb-x-rp")
 TEST_VOICES = ("en-us+f2", "en-us+f5", "en-us+m4")
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000

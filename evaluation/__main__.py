@@ -64,7 +64,8 @@ def main(arguments=None) -> None:
 
     from onevocab.evaluation.report import text_table
 
-    print(text_table(report["results"]))
+    # By kind of question, edit or wording: on the page.
+    print(text_table([row for row in report["results"] if ": " not in row["metric"]]))
     for note in report["notes"]:
         print(note)
     print(f"\n{given.run / 'report' / 'index.html'}  ({report['seconds']['evaluation']:.0f} s)")

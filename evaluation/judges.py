@@ -130,7 +130,7 @@ def augment(cells: Tensor, generator: torch.Generator) -> Tensor:
     cells = cells + (grey - cells) * chance(0.2)  # grey is still the same object
     cells = cells * uniform(0.8, 1.15) * uniform(0.9, 1.1, 3, 1, 1) + uniform(-0.12, 0.12, 3, 1, 1)
     noise = torch.randn(cells.shape, generator=generator) * uniform(0.0, 0.12)
-    flip = chance(0.1)
+    flip = chance(0.3)
     cells = cells * (1 - flip) + cells.flip(3) * flip
     return (cells + noise).clamp(-1, 1)
 

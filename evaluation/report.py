@@ -152,13 +152,12 @@ def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 
     """Writes a grid of (prompt, picture) as one PNG, in the order given."""
     font, line, margin = ImageFont.load_default(13), 16, 12
     wrapped = [textwrap.wrap(prompt, 25) for prompt, _ in drawings]
-    text = max((len(lines) for lines in wrapped), default=1) * line + 6
-    rows = -(-len(drawings) // columns)
-    size = (columns * (side + margin) + margin, rows * (side + text + margin) + margin)
-    sheet = Image.new("RGB", size, "white")
+    heights = [side + 6 + line * max(map(len, wrapped[k : k + columns])) + margin
+               for k in range(0, len(drawings), columns)]
+    sheet = Image.new("RGB", (columns * (side + margin) + margin, sum(heights) + margin), "white")
     pen = ImageDraw.Draw(sheet)
     for i, ((_, picture), lines) in enumerate(zip(drawings, wrapped, strict=True)):
-        x, y = margin + i % columns * (side + margin), margin + i // columns * (side + text + margin)
+        x, y = margin + i % columns * (side + margin), margin + sum(heights[: i // columns])
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         for k, words in enumerate(lines):
             pen.text((x, y + side + 3 + k * line), words, fill=(30, 30, 30), font=font)

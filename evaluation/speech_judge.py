@@ -98,15 +98,19 @@ def _hear_all(jobs) -> list[str | None]:
     return [_judge().hear(*job) for job in jobs]
 
 
+@functools.cache
+def _second_process() -> ProcessPoolExecutor:
+    """Kept until this process ends. spawn: this one has threads (torch's), which a fork could freeze."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
 def hear_all(jobs: list[tuple[np.ndarray, int, list[str]]]) -> list[str | None]:
     """`SpeechJudge.hear` for many (samples, rate, candidates), in two processes when there are many."""
     if len(jobs) < MANY:
         return _hear_all(jobs)
-    # spawn: this process has threads of its own (torch), which a fork could freeze.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        half = len(jobs) // 2
-        other = pool.submit(_hear_all, jobs[half:])
-        return _hear_all(jobs[:half]) + other.result()
+    half = len(jobs) // 2
+    other = _second_process().submit(_hear_all, jobs[half:])
+    return _hear_all(jobs[:half]) + other.result()
 
 
 def candidates(phrase: str, pool: list[str], count: int, seed: int) -> list[str]:

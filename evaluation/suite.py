@@ -10,6 +10,7 @@ from onevocab.common.errors import UserError
 from onevocab.data import speech, world
 from onevocab.evaluation import metrics
 from onevocab.evaluation.items import evaluation_items, held_out_scene
+from onevocab.evaluation.judges import to_array
 from onevocab.evaluation.metrics import row
 from onevocab.evaluation.report import Card
 from onevocab.evaluation.tasks import (
@@ -172,7 +173,7 @@ def reconstructions(run: Evaluator) -> None:
     rng = np.random.default_rng([run.config.seed, 5])
     originals = [world.picture(held_out_scene(rng)) for _ in range(count)]
     again = run.through_tokenizer("image", originals)
-    values = [metrics.psnr(one, other) for one, other in zip(originals, again, strict=True)]
+    values = [metrics.psnr(to_array(one), to_array(other)) for one, other in zip(originals, again, strict=True)]
     scores = [(value, 1) for value in values]
     run.rows.append(row("image_reconstruction_psnr", HELD_OUT["test"], "dB, mean over pictures", scores))
     cards = run.sections.setdefault("Through the tokenizers", [])

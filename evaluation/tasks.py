@@ -308,9 +308,10 @@ class Evaluator:
                 chance = 1 / min(self.config.candidates, len(self.pools[task]))
             self.rows.append(row(name, split, metric, answered.scores(scorer), chance=chance, **upper))
             for kind in sorted({item.answer["kind"] for item in answered.items if item.answer.get("kind")}):
-                if kinds:
-                    self.rows.append(row(name, split, f"{metric}: {kind}", answered.scores(scorer, kind),
-                                         chance=self.chance(answered.items, scorer, kind)))
+                scores = answered.scores(scorer, kind)
+                if kinds and metrics.ratio(scores) is not None:
+                    chance = self.chance(answered.items, scorer, kind)
+                    self.rows.append(row(name, split, f"{metric}: {kind}", scores, chance=chance))
 
     def missing(self, task: str, split: str, reason) -> None:
         """Null rows where a task cannot run here, and the reason, once."""

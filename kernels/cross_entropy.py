@@ -1,7 +1,7 @@
 """The head's matmul and the cross-entropy in one, a chunk of rows at a time: the logits are never all stored.
 
-The gradients are computed in the forward pass, while a chunk's logits are at hand (Liger Kernel's and Apple's Cut
-Cross-Entropy's idea), so the backward pass only scales them. Exact, not an approximation.
+The gradients are computed in the forward pass, while a chunk's logits are at hand (as Liger Kernel does), so the
+backward pass only scales them. Exact, not an approximation.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class LossSums(NamedTuple):
     nll: Tensor  # (N,), detached: -ln p(target) in nats; 0 for rows of zero weight, which are not computed
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss=0.0):
+def linear_cross_entropy_reference(hidden, weight, targets, weights, z_loss: float = 0.0) -> LossSums:
     """hidden (N, d), weight (V, d), targets (N,) integer ids, weights (N,) >= 0 -> LossSums. The definition.
 
     z_loss is the coefficient of ln(Z) ** 2, which keeps the logits from drifting (PaLM; Chameleon uses 1e-5).
@@ -32,7 +32,7 @@ def linear_cross_entropy(
 ) -> LossSums:
     """Like the reference; logits of at most `chunk` rows exist at once, and rows of zero weight cost nothing.
 
-    Gradients flow to hidden and weight. Raises IndexError when a target of non-zero weight is outside the vocabulary.
+    Gradients flow to hidden and weight. Raises IndexError when a target that counts is outside the vocabulary.
     """
     needs_grad = torch.is_grad_enabled()
     return LossSums(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, needs_grad))
@@ -44,15 +44,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = weights.nonzero().squeeze(1)
         x, t, w = hidden.index_select(0, rows), targets[rows].long(), weights[rows].float()
         if len(rows) and not (0 <= int(t.min()) and int(t.max()) < len(weight)):
-            raise IndexError(f"target ids {int(t.min())} .. {int(t.max())} do not fit a vocabulary of {len(weight)}")
+            raise IndexError(f"targets {int(t.min())} .. {int(t.max())} do not fit {len(weight)} ids")
         need_x, need_weight = (needs_grad and need for need in ctx.needs_input_grad[:2])
         d_x = torch.empty_like(x) if need_x else None
         d_weight = torch.zeros_like(weight) if need_weight else None
         kept_nll = torch.empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         loss = kept_nll.new_zeros(())
-        for part in (slice(i, min(i + chunk, len(rows))) for i in range(0, len(rows), chunk)):
-            logits = F.linear(x[part], weight).to(kept_nll.dtype)
-            probabilities = logits.softmax(-1)
+        # the two large buffers are made once: fresh pages for each chunk would cost a CPU as much as the softmax
+        logits_buffer = x.new_empty(min(chunk, len(rows)), len(weight))
+        probabilities_buffer = torch.empty_like(logits_buffer, dtype=kept_nll.dtype)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, min(start + chunk, len(rows)))
+            n = part.stop - start
+            logits = torch.mm(x[part], weight.t(), out=logits_buffer[:n])
+            probabilities = torch.softmax(logits, -1, dtype=kept_nll.dtype, out=probabilities_buffer[:n])
+            logits = logits.to(kept_nll.dtype)
             # ln Z from the likeliest id, whose probability never underflows: one pass less than logsumexp
             lse = logits.amax(-1) - probabilities.amax(-1).log()
             kept_nll[part] = lse - logits.gather(1, t[part, None]).squeeze(1)

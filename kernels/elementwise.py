@@ -1,6 +1,5 @@
-"""RMSNorm, per-head RMSNorm with rotary positions, and SwiGLU, with backward passes that touch memory as little as
-they can: on a CPU these cost as much as a third of the matmuls when written plainly (PyTorch's own backward of
-`rms_norm` takes 0.9 ms for 3,072 x 128 on 2 cores; this one 0.15 ms).
+"""RMSNorm, per-head RMSNorm with rotary positions, and SwiGLU, with backward passes that touch memory as little
+as they can: written plainly they cost a CPU a third of what the matmuls cost.
 """
 
 import torch
@@ -14,13 +13,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[..., i], x[..., i + D/2]) of x (B, S, H, D) by the angles whose cos and sin are (B, S, D/2)."""
+    """Turns the pairs (i, i + D/2) of x (B, S, H, D) by the angles whose cos and sin are (B, S, D/2)."""
     a, b = x.chunk(2, -1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def qk_norm_rope_reference(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """RMSNorm of each head, then rotary positions."""
     return rotary_reference(rms_norm_reference(x, weight, eps), cos, sin)
 
 
@@ -38,6 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMSNorm of each head, then rotary positions: x (B, S, H, D), weight (D,), cos and sin (B, S, D/2)."""
+    if x.device.type != "cpu":
+        return rotary_reference(F.rms_norm(x, weight.shape, weight, eps), cos, sin)
     return _QKNormRope.apply(x, weight, cos, sin, eps)
 
 
@@ -47,7 +49,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """LayerNorm's fused backward with a mean of zero is RMSNorm's but for one term, rstd * mean(grad * weight)."""
+    """LayerNorm's fused backward with a mean of zero is RMSNorm's but for rstd * mean(grad * weight)."""
     d = x.shape[-1]
     grad = grad.contiguous()
     rstd = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d)).add_(eps).rsqrt_()
@@ -99,7 +101,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx, grad):  # silu is computed again rather than kept: keeping it costs as much memory as `up`
+    def backward(ctx, grad):  # silu is computed again: keeping it would cost as much memory as `up`
         gate, up = ctx.saved_tensors
         d_up = F.silu(gate).mul_(grad)
         return torch.ops.aten.silu_backward(grad * up, gate), d_up

@@ -7,10 +7,10 @@ from onevocab.model.config import ModelConfig
 
 
 class KVCache:
-    """Preallocated: keys and values per layer (B, max_length, Hkv, D). Slot = position, so rows may differ in length.
+    """Preallocated: keys and values per layer (B, max_length, Hkv, D). Slot = position: rows may differ in length.
 
-    `lengths` (B,) int64 counts the filled slots of each row: one more than the highest position written. Cutting it
-    back by hand forgets the end of a row; `select` reorders, repeats or drops rows.
+    `lengths` (B,) int64 counts the filled slots of each row: one more than the highest position written. Cutting
+    it back by hand forgets the end of a row; `select` reorders, repeats or drops rows.
     """
 
     def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype=torch.float32, device="cpu"):
@@ -21,8 +21,8 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
 
     def advance(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
-        """Called once per forward with positions (B, S), negative = padding, not stored: where each layer writes, and how
-        many slots any row has filled. Raises ValueError past max_length."""
+        """Once per forward, with positions (B, S), negative = padding, not stored: where each layer writes, and
+        how many slots the longest row has filled. Raises ValueError past max_length."""
         rows, columns = (positions >= 0).nonzero(as_tuple=True)
         slots = positions[rows, columns].long()
         self.lengths = torch.maximum(self.lengths, positions.amax(1).long() + 1)

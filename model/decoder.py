@@ -1,6 +1,6 @@
-"""The decoder: Qwen3's dense architecture (Yang et al. 2025, arXiv:2505.09388), under Qwen3's parameter names.
+"""The decoder: Qwen3's dense architecture (Yang et al. 2025, arXiv:2505.09388), under its parameter names.
 
-Pre-norm RMSNorm, SwiGLU, grouped-query attention with RMSNorm on each head's q and k, rotary positions, no biases.
+Pre-norm RMSNorm, SwiGLU, grouped-query attention, RMSNorm on each head's q and k, rotary positions, no biases.
 B rows, S positions, H query heads, Hkv key heads, D head_dim; hidden states (B, S, dim).
 """
 
@@ -37,7 +37,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
         q = qk_norm_rope(q, self.q_norm.weight, cos, sin, self.eps)
         k = qk_norm_rope(k, self.k_norm.weight, cos, sin, self.eps)
         if store is not None:
@@ -71,7 +72,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Ids in, hidden states out; `logits` or `kernels.linear_cross_entropy` with `head_weight` does the rest."""
+    """Ids in, hidden states out; `logits`, or `linear_cross_entropy` with `head_weight`, does the rest."""
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
@@ -83,8 +84,8 @@ class Decoder(nn.Module):
         self.initialise()
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Matrices that read the residual stream keep its scale; those that write to it start small, so that at first
-        a layer sees the embeddings; the embeddings are small enough for near-uniform predictions."""
+        """Matrices that read the residual stream keep its scale; those that write to it start small, so that at
+        first a layer sees the embeddings; these are small enough for near-uniform predictions."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() < 2:
@@ -110,11 +111,13 @@ class Decoder(nn.Module):
         angle = (positions[..., None].float() * frequency).to(dtype)
         return angle.cos().to(self.norm.weight.dtype), angle.sin().to(self.norm.weight.dtype)
 
-    def forward(self, ids: Tensor, positions: Tensor, mask: IntervalMask | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: IntervalMask | None, cache: KVCache | None = None
+    ) -> Tensor:
         """ids and positions (B, S) integers -> hidden (B, S, dim) after the last norm. mask=None is plain causal.
 
-        With a cache the new keys go to the slots `positions` of their rows (negative: padding, not stored), and the
-        mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself.
+        With a cache the new keys go to the slots `positions` of their rows (negative: padding, not stored), and
+        the mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself.
         """
         x = self.embed_tokens(ids)
         cos, sin = self.rotary(positions)
@@ -130,7 +133,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Logits (..., stop - start) of the ids start .. stop - 1: a slice of the head costs only its share."""
+        """Logits (..., stop - start) of ids start .. stop - 1: a slice of the head costs only its share."""
         return F.linear(hidden, self.head_weight[start:stop])
 
 
@@ -160,7 +163,8 @@ def qwen3_config(config: ModelConfig, vocab_size: int) -> dict:
 
 
 def to_qwen3_state_dict(model: Decoder) -> dict[str, Tensor]:
-    """The weights under the names of `Qwen3ForCausalLM`; a tied head is written under both names it has there."""
-    named = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in model.state_dict().items()}
+    """The weights under the names of `Qwen3ForCausalLM`; a tied head stands under both names it has there."""
+    own = model.state_dict()
+    named = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in own.items()}
     named.setdefault("lm_head.weight", model.head_weight.detach())
     return named

@@ -179,13 +179,14 @@ def test_hostile_members_are_refused(tmp_path):
     device.type, sparse.type = tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE
     shard = write_tar(tmp_path / "a.tar", [
         ("a.txt", b"fine"), ("a.pyd", b"cposix\nsystem\n"), ("a.pickle", b"x"), ("a.pth", b"x"),
-        ("b.txt", b"t"), (link, b""), ("c.txt", b"t"), (device, b""), ("d.txt", b"t"),
+        ("b.txt", b"t"), (link, b""), ("c.txt", b"t"), (device, b""), ("d.txt", b"t"), (sparse, b""),
         ("../e.txt", b"t"), ("/f.txt", b"t"), ("g.txt", b"t"), ("g.txt", b"u"), ("h.txt", b"t" * 2000),
     ])
     samples = {s.key: s for s in read_shard(shard, max_member=1000)}
     assert samples["a"].members == {"txt": b"fine"} and not samples["a"].refused
     assert document_of(samples["a"]) == Document((Segment("text", "fine"),))
-    for key, reason in [("b", "link"), ("c", "device"), ("../e", "outside"), ("/f", "outside"), ("g", "two members"),
+    for key, reason in [("b", "link"), ("c", "device"), ("d", "special"), ("../e", "outside"), ("/f", "outside"),
+                        ("g", "two members"),
                         ("h", "2,000 bytes")]:
         with pytest.raises(BadSample, match=reason):
             turns_of(samples[key])
@@ -310,8 +311,8 @@ def test_codes_are_the_same_documents(raw, tmp_path, tokenizers):
                 assert json.loads(after.members["json"]) == {"content": content, "task": "x"}
                 assert after.members["0.image.npy"] == codes_to_npy(tokenizers.encode_media("image", png(0)), 16)
     # Ranks and restarts give the same bytes; finished shards are not touched.
-    for rank in (1, 0):
-        tokenize_shards(raw, tmp_path / "b", tokenizers, rank, 2, batch=3, progress=False)
+    ranks = [tokenize_shards(raw, tmp_path / "b", tokenizers, rank, 2, batch=3, progress=False) for rank in (1, 0)]
+    assert [stats.shards for stats in ranks] == [2, 3]
     (tmp_path / "b" / "s-000002.tar").unlink()
     kept = (tmp_path / "b" / "s-000000.tar").stat().st_mtime_ns
     stats = tokenize_shards(raw, tmp_path / "b", tokenizers, batch=3, progress=False)
@@ -496,7 +497,8 @@ def test_both_orders_and_caption_drop(codes, tokenizers, tmp_path):
 def test_only_the_request_before_a_drawing_is_dropped(tmp_path, tokenizers):
     messages = [say("system", text("be kind")), say("user", image("0.image.npy"), text("what?")),
                 say("assistant", text("a dog")), say("user", image("0.image.npy"), text("make it grey")),
-                say("assistant", text("here: "), image("1.image.npy")), say("user", text("thanks")), say("user", image("0.image.npy"))]
+                say("assistant", text("here: "), image("1.image.npy")), say("user", text("thanks")),
+                say("user", image("0.image.npy"))]
     write_codes(tmp_path, tokenizers, [{"json": as_json({"messages": messages}), "0.image.npy": grid(0),
                                         "1.image.npy": grid(1)}])
     loader = PackedLoader(tmp_path, tokenizers, CONFIG.model_copy(update={"row_length": 256}))

@@ -14,7 +14,9 @@ from onevocab.tokenizers.quantizers import QuantizerConfig, build_quantizer
 
 
 class AutoencoderConfig(BaseModel):
-    """width: channels at the grid; fine_width: after one upsampling by two; *_blocks: residual blocks of each part."""
+    """width: channels at the grid; fine_width: after one upsampling by two; *_blocks: residual blocks of each part;
+    global_context: the decoder also sees the mean over the whole grid, so that what all patches share (a background)
+    need not be said by each code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     width: int = Field(default=128, ge=8)
@@ -24,6 +26,7 @@ class AutoencoderConfig(BaseModel):
     decoder_blocks: int = Field(default=2, ge=0)
     decoder_kernel: int = Field(default=3, ge=1, le=7)
     fine_blocks: int = Field(default=2, ge=0)
+    global_context: bool = False
     quantizer: QuantizerConfig = QuantizerConfig()
 
 
@@ -40,6 +43,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.gelu(self.first(F.gelu(x))))
+
+
+class GlobalContext(nn.Module):
+    """x + a linear map of x's mean over the grid (squeeze-and-excitation's pooling, Hu et al. 2018, added)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(F.gelu(x).mean((2, 3), keepdim=True))
 
 
 class GridAutoencoder(nn.Module):
@@ -60,6 +74,7 @@ class GridAutoencoder(nn.Module):
         half = (patch[0] // 2, patch[1] // 2)
         self.decoder = nn.Sequential(
             nn.Conv2d(dim, width, 3, padding=1),
+            *([GlobalContext(width)] if config.global_context else []),
             *(Block(width, config.decoder_kernel) for _ in range(config.decoder_blocks)),
             nn.GELU(), nn.ConvTranspose2d(width, fine, 2, stride=2),
             *(Block(fine, 3) for _ in range(config.fine_blocks)),

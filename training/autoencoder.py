@@ -21,7 +21,8 @@ def train_autoencoder(
 ) -> None:
     """Trains `model(x, quantize) -> (loss, logs)`, first without its quantizer, which k-means then starts.
 
-    sample: generator -> a batch (B, channels, H, W). Continues from the newest checkpoint of `folder`.
+    sample: generator, the same on every rank -> this rank's part of a batch, (B, channels, H, W). Continues from the
+    newest checkpoint of `folder`.
     """
     optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
     schedule = ScheduleConfig(kind="wsd", warmup=0.02, decay=0.5, floor=0.02)
@@ -33,7 +34,7 @@ def train_autoencoder(
     model.train()
     bar = progress(steps, start, stage, distributed.is_main())
     for step in range(start, steps):
-        generator = torch.Generator().manual_seed(hash((seed, step, distributed.rank())) % 2**63)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         quantize = step >= round(PLAIN * steps)
         if step == round(PLAIN * steps):
             with torch.no_grad():

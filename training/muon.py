@@ -44,7 +44,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """For named 2-D parameters. Matrices of one shape (or its transpose) are one batch of matmuls.
+    """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape (or its
+    transpose) are one batch of matmuls.
 
     Every rank that has the same gradients computes the same update.
     """
@@ -53,9 +54,9 @@ class Muon:
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         by_shape = defaultdict(list)
         for name, parameter in named:
-            if parameter.dim() != 2:
+            if parameter.dim() < 2:
                 raise ValueError(f"Muon is for matrices; {name} has shape {tuple(parameter.shape)}")
-            by_shape[tuple(sorted(parameter.shape))].append((name, parameter))
+            by_shape[tuple(sorted(parameter.flatten(1).shape))].append((name, parameter))
         # one momentum tensor (count, m, n), m <= n, for each group of equally shaped matrices
         self.groups = [
             (members, torch.zeros(len(members), *shape, dtype=torch.float32, device=members[0][1].device))
@@ -79,8 +80,9 @@ class Muon:
             if self.weight_decay:
                 torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             for p, u in zip(parameters, update, strict=True):
-                scale = max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-                p.add_(u if p.shape[0] <= p.shape[1] else u.T, alpha=-lr * scale)
+                rows, columns = p.shape[0], p.numel() // p.shape[0]
+                scale = max(1.0, rows / columns) ** 0.5
+                p.add_((u if rows <= columns else u.T).reshape(p.shape), alpha=-lr * scale)
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"momentum.{name}": row for members, momentum in self.groups
@@ -97,7 +99,9 @@ class AdamW:
     def __init__(self, named, lr: float, betas=(0.9, 0.95), eps: float = 1e-8):
         self.names, self.parameters = zip(*named, strict=True)
         self.lr = lr
-        self.inner = torch.optim.AdamW(list(self.parameters), lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+        self.inner = torch.optim.AdamW(
+            list(self.parameters), lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True
+        )
         for p in self.parameters:  # made now rather than at the first step, so that the state always has one shape
             self.inner.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -135,7 +139,8 @@ class Optimizers:
                 parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"{key}.{name}": value for key, member in self.members.items() for name, value in member.tensors().items()}
+        return {f"{key}.{name}": value for key, member in self.members.items()
+                for name, value in member.tensors().items()}
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copies in what `tensors()` gave. Raises UserError when a name is missing or a shape differs."""
@@ -145,11 +150,12 @@ class Optimizers:
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
-    """Hidden 2-D weights go to Muon; the embedding, the head and everything of one dimension go to AdamW."""
-    tables = {id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head")}
+    """Hidden weights of two and more axes go to Muon; the embedding, the head and vectors go to AdamW."""
+    tables = {id(module.weight) for name, module in model.named_modules()
+              if isinstance(module, nn.Embedding) or name.endswith("lm_head")}
     named = [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if p.dim() == 2 and id(p) not in tables]
-    rest = [(name, p) for name, p in named if p.dim() != 2 or id(p) in tables]
+    matrices = [(name, p) for name, p in named if p.dim() >= 2 and id(p) not in tables]
+    rest = [(name, p) for name, p in named if p.dim() < 2 or id(p) in tables]
     members = {}
     if matrices:
         members["muon"] = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay)
@@ -159,6 +165,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
 
 
 def _wide(matrix: Tensor) -> Tensor:
+    matrix = matrix.flatten(1)
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 

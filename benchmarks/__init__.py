@@ -1,0 +1,1 @@
+"""Measurements that print and save their numbers: `python -m benchmarks.<name>`."""

@@ -1,0 +1,113 @@
+"""The decoder against transformers' Qwen3, packing against separate rows, the cache against a full forward."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from onevocab.kernels.attention import IntervalMask
+from onevocab.model.cache import KVCache
+from onevocab.model.config import ModelConfig
+from onevocab.model.decoder import Decoder, qwen3_config, to_qwen3_state_dict
+
+VOCAB = 97
+
+
+def make(tied=True, kv_heads=2, seed=0, **kwargs):
+    """A decoder whose every parameter is random, norms too, so that no part can hide."""
+    torch.manual_seed(seed)
+    config = ModelConfig(dim=48, layers=3, heads=4, kv_heads=kv_heads, head_dim=16, mlp_dim=64, tied=tied, **kwargs)
+    model = Decoder(config, VOCAB)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def packed():
+    """Two rows of 40: documents of 11 and 22 and padding, and one of 40. ids, positions, document."""
+    document = torch.tensor([[0] * 11 + [1] * 22 + [-1] * 7, [0] * 40])
+    positions = torch.stack([torch.cat([torch.arange(11), torch.arange(22), torch.zeros(7).long()]), torch.arange(40)])
+    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3)), positions, document
+
+
+@pytest.mark.parametrize("tied,kv_heads", [(True, 2), (False, 1), (True, 4)])
+def test_same_logits_as_qwen3(tied, kv_heads):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    ours = make(tied, kv_heads)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**qwen3_config(ours.config, VOCAB))).eval()
+    assert theirs.load_state_dict(to_qwen3_state_dict(ours), strict=True)
+    ids, positions, document = packed()
+    mask = IntervalMask.causal(document)
+    dense = mask.dense(40) | torch.eye(40, dtype=torch.bool)  # Qwen3 has no empty rows
+    counts = document >= 0
+
+    @torch.no_grad()
+    def both():
+        mine = ours.logits(ours(ids, positions, mask))[counts]
+        return mine, theirs(ids, attention_mask=dense, position_ids=positions).logits[counts]
+
+    single = both()
+    ours.double(), theirs.double()
+    double = both()
+    # Their rotary angles stay float32 inside a float64 model and so do ours: what is left is rounding.
+    assert (double[0] - double[1]).abs().max() < 1e-5 * double[1].abs().max()
+    rounding = (single[1] - double[1]).abs().max()
+    assert (single[0] - double[1]).abs().max() <= 2 * rounding + 1e-6
+
+
+def test_packed_rows_equal_separate_rows():
+    model = make()
+    ids, positions, document = packed()
+    with torch.no_grad():
+        together = model(ids, positions, IntervalMask.causal(document))
+        for row, part in ((0, slice(0, 11)), (0, slice(11, 33)), (1, slice(0, 40))):
+            alone = model(ids[row : row + 1, part], positions[row : row + 1, part], None)[0]
+            torch.testing.assert_close(together[row, part], alone, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cached_decoding_equals_a_full_forward(kv_heads):
+    model = make(kv_heads=kv_heads)
+    ids, lengths = packed()[0], [9, 30]
+    with torch.no_grad():
+        full = model(ids, torch.arange(40).expand(2, 40), None)
+        cache = KVCache(model.config, 2, 40)
+        # a prompt each, of different lengths, padded; then one token at a time, at each row's own position
+        prompt = torch.arange(30).repeat(2, 1)
+        prompt[0, 9:] = -1
+        hidden = model(ids[:, :30], prompt, IntervalMask.up_to(prompt), cache)
+        torch.testing.assert_close(hidden[0, :9], full[0, :9], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(hidden[1], full[1, :30], rtol=1e-4, atol=2e-5)
+        assert cache.lengths.tolist() == lengths
+        for step in range(10):
+            at = torch.tensor(lengths)[:, None] + step
+            hidden = model(ids.gather(1, at), at, IntervalMask.up_to(at), cache)
+            torch.testing.assert_close(hidden[:, 0], full[torch.arange(2), at[:, 0]], rtol=1e-4, atol=2e-5)
+        swapped = cache.select(torch.tensor([1, 0, 1]))
+        assert swapped.lengths.tolist() == [40, 19, 40]
+        with pytest.raises(ValueError, match="holds 40"):
+            model(ids[:, :1], torch.full((2, 1), 40), IntervalMask.up_to(torch.full((2, 1), 40)), cache)
+
+
+def test_a_slice_of_the_head():
+    model, hidden = make(tied=False), torch.randn(2, 3, 48)
+    torch.testing.assert_close(model.logits(hidden, 10, 20), model.logits(hidden)[..., 10:20])
+
+
+def test_initialisation_is_near_uniform_and_repeatable():
+    config = ModelConfig(layers=2, dim=64)
+    models = [Decoder(config, 200) for _ in range(2)]
+    for model in models:
+        model.initialise(torch.Generator().manual_seed(5))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+    ids = torch.randint(0, 200, (1, 50))
+    logits = models[0].logits(models[0](ids, torch.arange(50)[None], None))
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert abs(loss.item() - torch.tensor(200.0).log().item()) < 0.3
+
+
+@pytest.mark.parametrize("wrong", [{"kv_heads": 3}, {"head_dim": 15}, {"layers": 0}, {"width": 3}])
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        ModelConfig(**wrong)

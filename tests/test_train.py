@@ -1,0 +1,191 @@
+"""train.py and the loops: mistakes are one line, finished stages are kept, an interrupted run ends the same."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from onevocab.common.errors import UserError
+from onevocab.model.config import ModelConfig
+from onevocab.model.decoder import Decoder
+from onevocab.training import checkpoint
+from onevocab.training.config import TrainConfig
+from onevocab.training.loop import Stopped, train_language
+from onevocab.training.metrics import MetricsLog, plot_curves, read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(("change", "arguments", "message"), [
+    ("", ["--pretrain.steps=none"], "steps"),
+    ("[modle]\ndim = 3\n", [], "modle: unknown key"),
+    ("[text]\nvocab_size = 3\n", [], "text.vocab_size"),
+    ("[text\n", [], "not valid TOML"),
+    ("", ["--nosuch.key=3"], "nosuch"),
+])
+def test_a_wrong_configuration_is_one_clear_line(tmp_path, change, arguments, message):
+    config = tmp_path / "config.toml"
+    text = (ROOT / "configs" / "smoke.toml").read_text()
+    if change.startswith("[text]"):
+        text = text.replace("[text]\nvocab_size = 512\n", "")
+    config.write_text(text + change)
+    done = train(str(config), f"--folder={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_no_configuration_and_a_missing_one():
+    assert "which configuration" in train().stderr
+    done = train("configs/nosuch.toml")
+    assert done.returncode == 2 and "configs/nosuch.toml" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
+def test_every_shipped_configuration_is_read(name):
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train as script
+    finally:
+        sys.path.remove(str(ROOT))
+    config = script.read_config(ROOT / "configs" / name, ["--seed=7"])
+    assert config.seed == 7
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    modality: torch.Tensor
+    positions: torch.Tensor
+    document: torch.Tensor
+
+    def to(self, device):
+        return self
+
+
+class Loader:
+    """Rows that follow from how many batches were taken; `poison` is a step whose weights are not finite."""
+
+    def __init__(self, poison=()):
+        self.taken, self.poison = 0, poison
+
+    def next_batch(self) -> Batch:
+        generator = torch.Generator().manual_seed(self.taken)
+        ids = torch.randint(20, (2, 17), generator=generator).sort().values
+        weights = torch.full((2, 16), float("nan") if self.taken in self.poison else 1.0)
+        self.taken += 1
+        return Batch(ids[:, :-1], ids[:, 1:], weights, torch.zeros(2, 16, dtype=torch.uint8),
+                     torch.arange(16).expand(2, 16), torch.zeros(2, 16, dtype=torch.int32))
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
+CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
+
+
+def run(folder: Path, loader=None, config=CONFIG) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
+    train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"],
+                   MetricsLog(folder / "metrics.jsonl"), "stage", torch.device("cpu"))
+    return decoder.state_dict()
+
+
+def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = run(tmp_path / "whole")
+
+    class Interrupted(Loader):
+        def next_batch(self):
+            if self.taken == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next_batch()
+
+    with pytest.raises(Stopped, match="step 7"):
+        run(tmp_path / "cut", Interrupted())
+    assert [p.name for p in checkpoint.list_steps(tmp_path / "cut" / "stage")][0] == "step-7"
+    resumed = run(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def losses(name):
+        return {line["step"]: line["loss_text"] for line in read_metrics(tmp_path / name / "metrics.jsonl")}
+
+    assert losses("whole").keys() == losses("cut").keys()
+    assert losses("cut")[12] == losses("whole")[12] < losses("whole")[2]
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, capsys):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut")
+    newest = tmp_path / "cut" / "stage" / "step-12" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
+    resumed = run(tmp_path / "cut")
+    assert "model.safetensors" in capsys.readouterr().out
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_non_finite_step_is_skipped_and_too_many_stop_the_run(tmp_path):
+    (tmp_path / "some").mkdir()
+    weights = run(tmp_path / "some", Loader(poison={3, 5}))
+    assert all(value.isfinite().all() for value in weights.values())
+    skipped = [line["step"] for line in read_metrics(tmp_path / "some" / "metrics.jsonl") if "skipped" in line]
+    assert skipped == [4, 6]
+    (tmp_path / "many").mkdir()
+    with pytest.raises(UserError, match="not finite 3 steps in a row"):
+        run(tmp_path / "many", Loader(poison={6, 7, 8}))
+    assert checkpoint.list_steps(tmp_path / "many" / "stage")[0].name == "step-8", "skipped steps change nothing"
+
+
+def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in range(1, 5):
+        log.write("stage", step, loss_text=1.0 / step, loss_image=2.0 / step)
+    with open(tmp_path / "m.jsonl", "a") as file:
+        file.write('{"stage": "sta')
+    plot_curves(tmp_path / "m.jsonl", "stage", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    log.cut_back("stage", 2)
+    assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+def test_finished_stages_are_skipped_and_other_settings_are_refused(smoke_run):
+    before = {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.safetensors")}
+    assert {p.parts[-2] for p in before} >= {"tokenizers"}
+    again = train("configs/smoke.toml", f"--folder={smoke_run}")
+    assert again.returncode == 0, again.stderr
+    other = train("configs/smoke.toml", f"--folder={smoke_run}", "--model.dim=96")
+    assert other.returncode == 2 and "model.dim: 64 then, 96 now" in other.stderr and "Traceback" not in other.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in smoke_run.rglob("*.safetensors")}
+
+
+def test_a_run_says_what_made_it(smoke_run):
+    assert (smoke_run / "config.toml").is_file()
+    provenance = json.loads((smoke_run / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] and provenance["device"]
+    for stage in ("shards", "text", "image", "audio", "codes", "pretrain", "instruct"):
+        assert json.loads((smoke_run / stage / "done.json").read_text())["seconds"] >= 0
