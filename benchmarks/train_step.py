@@ -109,7 +109,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--rows and --repetitions must be positive, --length at least 140, --counted 0.1 .. 1")
     try:
         from transformers import Qwen3Config, Qwen3ForCausalLM, __version__
-
     except ImportError:
         raise UserError("this benchmark needs transformers: pip install 'onevocab[dev]'") from None
 

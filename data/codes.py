@@ -5,9 +5,6 @@ but the output folder, and a run that was killed goes on with the shards that ar
 """
 
 import json
-import multiprocessing
-import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from tqdm import tqdm
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import sha256_file
+from onevocab.common.processes import run_processes
 from onevocab.data.documents import (
     UNDECODABLE,
     BadSample,
@@ -169,39 +167,14 @@ def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, by
 
 
 def tokenize_in_processes(shards: Iterable, out_folder, tokenizers_folder, processes: int, **options) -> None:
-    """`tokenize_shards` by `processes` processes of one thread each: on a CPU that is faster than one of many threads.
-
-    Raises the first UserError of any process.
-    """
+    """`tokenize_shards` by `processes` processes of one thread each. Raises the first UserError of any process."""
     shards = [str(shard) for shard in shards]
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    workers = [context.Process(target=_worker, daemon=True,
-                               args=(queue, shards, str(out_folder), str(tokenizers_folder), rank, processes, options))
-               for rank in range(processes)]
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when the child imports torch
-    try:
-        for worker in workers:
-            worker.start()
-    finally:
-        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-    while any(worker.is_alive() for worker in workers):
-        if any(worker.exitcode not in (None, 0) for worker in workers):
-            for worker in workers:
-                worker.terminate()
-        time.sleep(0.05)
-    if not queue.empty():
-        raise UserError(queue.get())
-    if any(worker.exitcode for worker in workers):
-        raise UserError("a process that tokenized shards died; run it again: finished shards are kept")
+    arguments = [(shards, str(out_folder), str(tokenizers_folder), rank, processes, options)
+                 for rank in range(processes)]
+    run_processes(_worker, arguments, "a process that tokenized shards died; run it again: finished shards are kept")
 
 
-def _worker(queue, shards, out_folder, tokenizers_folder, rank, world, options) -> None:
+def _worker(shards, out_folder, tokenizers_folder, rank, world, options) -> None:
     from onevocab.tokenizers.bundle import Tokenizers
 
-    try:
-        tokenize_shards(shards, out_folder, Tokenizers.load(tokenizers_folder), rank, world, **options)
-    except UserError as error:
-        queue.put(str(error))
-        raise SystemExit(2) from None
+    tokenize_shards(shards, out_folder, Tokenizers.load(tokenizers_folder), rank, world, **options)

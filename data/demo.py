@@ -5,7 +5,6 @@ Two fresh processes write their own shards in a fixed order, so the bytes do not
 """
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from onevocab.common.errors import UserError
+from onevocab.common.processes import run_processes
 from onevocab.data import demo_tasks as tasks
 from onevocab.data import speech
 from onevocab.data.shards import ShardWriter
@@ -141,14 +140,6 @@ def write_demo(folder, config: DemoConfig, samples_per_shard: int = 2000) -> boo
     folder = Path(folder)
     render(random_scene(np.random.default_rng(0)))  # says at once, in this process, what is not installed
     with_speech = speech.available()
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write, args=(folder, index, config, samples_per_shard))
-               for index in range(1 + with_speech)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise UserError(f"writing the demo's shards to {folder} failed (see above); free some space or reinstall the "
-                        "demo's packages, then start again")
+    run_processes(_write, [(folder, index, config, samples_per_shard) for index in range(1 + with_speech)],
+                  f"writing the demo's shards to {folder} failed; free some space and start again")
     return with_speech

@@ -59,7 +59,7 @@ def smoke_run(tmp_path_factory) -> Path:
     Tests read it; only the report may be written into it.
     """
     run = tmp_path_factory.mktemp("runs") / "smoke"
-    # --standalone takes a free port. After -- torchrun does not take --run for one of its own options.
+    # --standalone takes a free port.
     run_command(
         [
             sys.executable,
@@ -68,10 +68,9 @@ def smoke_run(tmp_path_factory) -> Path:
             "--standalone",
             "--nproc-per-node",
             "2",
-            "--",
             "train.py",
             "configs/smoke.toml",
-            f"--run={run}",
+            f"--folder={run}",
         ],
         timeout=420,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -79,7 +79,7 @@ def test_cached_decoding_equals_a_full_forward(kv_heads):
         hidden = model(ids[:, :30], prompt, IntervalMask.up_to(prompt), cache)
         torch.testing.assert_close(hidden[0, :9], full[0, :9], rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(hidden[1], full[1, :30], rtol=1e-4, atol=2e-5)
-        assert cache.lengths.tolist() == lengths
+        assert cache.lengths.tolist() == lengths and (cache.keys[0][0, 9:] == 0).all()
         for step in range(10):
             at = torch.tensor(lengths)[:, None] + step
             hidden = model(ids.gather(1, at), at, IntervalMask.up_to(at), cache)

@@ -78,9 +78,8 @@ def check_torchrun(words, folder):
     run = (folder / "runs" / "demo").resolve()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     assert before, "the smoke run has no weights"
-    words = ["configs/smoke.toml" if word == config else word for word in words if not word.startswith("--run")]
-    script = words.index("train.py")  # after -- torchrun does not take --run for one of its own options
-    words = [words[0], "--standalone", *words[1:script], "--", *words[script:], f"--run={run}"]
+    words = ["configs/smoke.toml" if word == config else word for word in words if not word.startswith("--folder")]
+    words = [words[0], "--standalone", *words[1:], f"--folder={run}"]
     run_command(words, cwd=folder, env=environment())
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}, (
         "a finished stage ran again"

@@ -40,7 +40,8 @@ def test_ranges_are_contiguous_and_do_not_overlap():
     assert sorted(ids) == list(range(image.start, image.stop))
     assert audio.end == audio.codes_start + audio.codes, "audio's end stands beside its codes"
     assert VOCAB.end_of_turn == TEXT.size, "text and end_of_turn are one slice"
-    assert list(VOCAB.modality_of(np.array([0, VOCAB.pad, image.begin, image.stop - 1, audio.begin]))) == [0, 0, 1, 1, 2]
+    edges = np.array([0, VOCAB.pad, image.begin, image.stop - 1, audio.begin])
+    assert list(VOCAB.modality_of(edges)) == [0, 0, 1, 1, 2]
 
 
 def test_vocabulary_survives_json_and_knows_its_prefixes():

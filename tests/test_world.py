@@ -57,7 +57,8 @@ def test_answers_follow_from_the_scene():
     scene = Scene("red", (SceneObject("dog", 0), SceneObject("star", 3, "blue"), SceneObject("owl", 1)))
     scene = scene.without(9)
     assert demo_tasks.caption_short(Scene("red", (SceneObject("mouse", 0), SceneObject("mouse", 2)))) == "two mice"
-    assert demo_tasks.caption_long(Scene("red", (SceneObject("owl", 1),))) == "an owl at the top right on a red background"
+    owl = Scene("red", (SceneObject("owl", 1),))
+    assert demo_tasks.caption_long(owl) == "an owl at the top right on a red background"
     rng = np.random.default_rng(0)
     for _ in range(200):
         for task in demo_tasks.VQA:

@@ -111,8 +111,10 @@ def train_language(
             if done % config.log_every == 0 or done == config.steps:
                 distributed.all_reduce_sum(sums)
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                losses = {name: sums[0, i].item() / sums[1, i].item() for i, name in enumerate(modalities) if sums[1, i]}
-                speed = sums[2].sum().item() / seconds
+                loss_sums, weight_sums, tokens = sums.tolist()
+                losses = {name: one / weight for name, one, weight in zip(modalities, loss_sums, weight_sums, strict=True)
+                          if weight}
+                speed = sum(tokens) / seconds
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()} | {"tok/s": f"{speed:,.0f}"})
                 log.write(stage, done, **{f"loss_{name}": value for name, value in losses.items()},
                           tokens_per_second=speed, gradient_norm=norm.item(), learning_rate=rate)
