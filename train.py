@@ -15,7 +15,7 @@ import torch
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from onevocab.common.errors import UserError, cli
+from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import provenance
 from onevocab.data.codes import tokenize_in_processes
@@ -73,10 +73,7 @@ def read_config(path, overrides: list[str]) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"{path}: {key}: {reason}") from None
+        raise invalid(error, path) from None
 
 
 class Run:

@@ -10,11 +10,9 @@ very batches that are timed. Repetitions are interleaved; tokens are non-padding
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 import onevocab.tokenizers.torchaudio_guard  # noqa: F401  transformers imports torchaudio
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
+from onevocab.common.provenance import provenance
 from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.model.config import ModelConfig
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if min(args.rows, args.repetitions) < 1 or args.length < 140 or not 0.1 <= args.counted <= 1:
         raise UserError("--rows and --repetitions must be positive, --length at least 140, --counted 0.1 .. 1")
     try:
-        from transformers import Qwen3Config, Qwen3ForCausalLM, __version__
+        from transformers import Qwen3Config, Qwen3ForCausalLM
     except ImportError:
         raise UserError("this benchmark needs transformers: pip install 'onevocab[dev]'") from None
 
@@ -165,11 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(args.out, {
         "benchmark": "train_step",
         "what": "forward + backward + optimiser step, non-padding tokens per second, float32, interleaved",
+        **provenance(),
         "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:] if argv is None else argv),
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": f"CPU {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": __version__},
         "shape": json.loads(config.model_dump_json()) | {"vocab_size": args.vocab_size, "rows": args.rows,
                                                          "length": args.length, "counted": args.counted},
         "repetitions": args.repetitions,

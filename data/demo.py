@@ -7,11 +7,13 @@ Two fresh processes write their own shards in a fixed order, so the bytes do not
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from onevocab.common.errors import UserError
 from onevocab.common.processes import run_processes
 from onevocab.data import demo_tasks as tasks
 from onevocab.data import speech
@@ -21,10 +23,12 @@ from onevocab.tokenizers.media import encode_audio, encode_png
 
 
 class DemoConfig(BaseModel):
-    """[data.demo]: how many samples of each kind. Without the speech extra those with sound are left out."""
+    """[data.demo]: how many samples of each kind. voices: "espeak" needs the speech extra, "tones" plays a melody for
+    each text instead, "none" leaves out what has sound."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     seed: int = 0
+    voices: Literal["espeak", "tones", "none"] = "espeak"
     # pretrain: pairs, shown in both orders, and speech to text in many voices
     captions: int = Field(default=18_000, ge=0)
     narrated: int = Field(default=1_600, ge=0)
@@ -45,15 +49,16 @@ class _Studio:
     """Renders each utterance once. A task asks for any speed and pitch; it gets one of the recordings of that text by
     that voice, so the same few thousand clips serve every sample."""
 
-    def __init__(self, clips_per_voice: int):
-        self.takes, self.clips = clips_per_voice, {}
+    def __init__(self, config: DemoConfig):
+        self.takes, self.clips = config.clips_per_voice, {}
+        self.perform = speech.tones if config.voices == "tones" else speech.speak
 
     def record(self, spoken: tasks.Utterance) -> bytes:
         """Utterance -> FLAC"""
         take = (spoken.words_per_minute + spoken.pitch) % self.takes
         key = spoken.text, spoken.voice, take
         if key not in self.clips:
-            samples = speech.speak(spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch)
+            samples = self.perform(spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch)
             self.clips[key] = encode_audio(samples, speech.RATE)
         return self.clips[key]
 
@@ -126,7 +131,7 @@ SOUNDS: list[tuple[str, str, Maker, bool]] = [
 
 def _write(folder: Path, kinds_index: int, config: DemoConfig, samples_per_shard: int) -> None:
     """One process's share: every kind of PICTURES or of SOUNDS."""
-    studio = _Studio(config.clips_per_voice)
+    studio = _Studio(config)
     for number, (prefix, kind, make, conversation) in enumerate((PICTURES, SOUNDS)[kinds_index]):
         rng = np.random.default_rng((config.seed, kinds_index, number))
         with ShardWriter(folder, f"{prefix}-{kind}", samples_per_shard, overwrite=True) as writer:
@@ -135,11 +140,13 @@ def _write(folder: Path, kinds_index: int, config: DemoConfig, samples_per_shard
                 writer.write(f"{kind}-{i:06d}", sample)
 
 
-def write_demo(folder, config: DemoConfig, samples_per_shard: int = 2000) -> bool:
-    """Writes all shards; returns whether speech is in them. Raises UserError when the picture packages are missing."""
+def write_demo(folder, config: DemoConfig, samples_per_shard: int = 2000) -> None:
+    """Writes all shards. Raises UserError when the packages of the pictures or of the voices are not installed."""
     folder = Path(folder)
     render(random_scene(np.random.default_rng(0)))  # says at once, in this process, what is not installed
-    with_speech = speech.available()
-    run_processes(_write, [(folder, index, config, samples_per_shard) for index in range(1 + with_speech)],
+    if config.voices == "espeak" and not speech.available():
+        raise UserError("the demo's voices need the speech extra: pip install -e '.[speech]'; or go on without them: "
+                        "--data.demo.voices=tones")
+    kinds = (0,) if config.voices == "none" else (0, 1)
+    run_processes(_write, [(folder, index, config, samples_per_shard) for index in kinds],
                   f"writing the demo's shards to {folder} failed; free some space and start again")
-    return with_speech

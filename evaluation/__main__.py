@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from onevocab.common.errors import cli
+from onevocab.common.errors import cli, invalid
 
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
@@ -14,6 +14,9 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
 
     config: EvaluateConfig, by default the run's own `[evaluate]` section; limit: at most so many items of each task.
     """
+    from pydantic import ValidationError
+
+    from onevocab.common import provenance
     from onevocab.data import speech
     from onevocab.evaluation import report as pages
     from onevocab.evaluation import speech_judge, suite
@@ -26,7 +29,10 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     model = AnyToAny.load(run)
     settings = pages.run_config(run)
     if config is None:
-        config = EvaluateConfig.model_validate(settings.get("evaluate", {}))
+        try:
+            config = EvaluateConfig.model_validate(settings.get("evaluate", {}))
+        except ValidationError as error:
+            raise invalid(error, f"{run / 'config.toml'}: [evaluate]") from None
     folder = run / "report"
     judge = PictureJudge.of(folder, config.judge_steps, config.seed, config.judge_floor)
     evaluator = Evaluator(model, judge, config, limit)
@@ -37,7 +43,7 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
         "caption_*: the ceilings are what the picture judge reads. Recognition, questions and boxes are compared with "
         "the exact answer, which has no judge and so no ceiling.")
     report = {
-        "device": pages.device_name(), "versions": pages.versions(), "config": settings,
+        "device": provenance.device(), "versions": provenance.versions(), "config": settings,
         "seconds": {**pages.stage_seconds(run), "evaluation": round(time.perf_counter() - started, 1)},
         "results": evaluator.rows, "notes": evaluator.notes,
         "judges": {
@@ -49,6 +55,8 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
         },
     }
     pages.write(folder, report, evaluator.sections, evaluator.drawings, run)
+    asked = evaluator.answered.get("spoken_question") or evaluator.answered["caption"]
+    pages.write_examples(folder / "examples", asked.items[:4])
     return report
 
 

@@ -23,7 +23,7 @@ from onevocab.data import world
 CELL = 32
 SLACK = 3  # pixels by which a training crop may be off its cell
 TOLERANCE = 60.0  # RGB distance up to which a border counts as one of the backgrounds
-VERSION = 1  # of this file's training recipe: part of the cache's key
+VERSION = 2  # of this file's training recipe: part of the cache's key
 
 
 @dataclass(frozen=True)

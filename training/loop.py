@@ -112,8 +112,8 @@ def train_language(
                 distributed.all_reduce_sum(sums)
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 loss_sums, weight_sums, tokens = sums.tolist()
-                losses = {name: one / weight for name, one, weight in zip(modalities, loss_sums, weight_sums, strict=True)
-                          if weight}
+                means = zip(modalities, loss_sums, weight_sums, strict=True)
+                losses = {name: total / weight for name, total, weight in means if weight}
                 speed = sum(tokens) / seconds
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()} | {"tok/s": f"{speed:,.0f}"})
                 log.write(stage, done, **{f"loss_{name}": value for name, value in losses.items()},
