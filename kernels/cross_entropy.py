@@ -34,7 +34,11 @@ def linear_cross_entropy(
 
     Gradients flow to hidden and weight. Raises IndexError when a target that counts is outside the vocabulary.
     """
-    needs_grad = torch.is_grad_enabled()
+    needs_grad, kind = torch.is_grad_enabled(), hidden.device.type
+    if torch.is_autocast_enabled(kind):  # the matmuls in its type; softmax, loss and d weight in the weight's
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return LossSums(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, needs_grad))
     return LossSums(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, needs_grad))
 
 
@@ -46,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if len(rows) and not (0 <= int(t.min()) and int(t.max()) < len(weight)):
             raise IndexError(f"targets {int(t.min())} .. {int(t.max())} do not fit {len(weight)} ids")
         need_x, need_weight = (needs_grad and need for need in ctx.needs_input_grad[:2])
+        head = weight.to(x.dtype)
         d_x = torch.empty_like(x) if need_x else None
         d_weight = torch.zeros_like(weight) if need_weight else None
         kept_nll = torch.empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -56,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), chunk):
             part = slice(start, min(start + chunk, len(rows)))
             n = part.stop - start
-            logits = torch.mm(x[part], weight.t(), out=logits_buffer[:n])
+            logits = torch.mm(x[part], head.t(), out=logits_buffer[:n])
             probabilities = torch.softmax(logits, -1, dtype=kept_nll.dtype, out=probabilities_buffer[:n])
             logits = logits.to(kept_nll.dtype)
             # ln Z from the likeliest id, whose probability never underflows: one pass less than logsumexp
@@ -66,11 +71,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_x or need_weight:  # d loss / d logits = w * ((1 + 2 z lse) * p - onehot), in place
                 d_logits = probabilities.mul_((w[part] * (1 + 2 * z_loss * lse))[:, None])
                 d_logits.scatter_add_(1, t[part, None], -w[part, None].to(d_logits.dtype))
-                d_logits = d_logits.to(weight.dtype)
+                d_logits = d_logits.to(x.dtype)
                 if need_x:
-                    torch.mm(d_logits, weight, out=d_x[part])
-                if need_weight:
+                    torch.mm(d_logits, head, out=d_x[part])
+                if need_weight and x.dtype == weight.dtype:
                     d_weight.addmm_(d_logits.t(), x[part])
+                elif need_weight:
+                    d_weight += d_logits.t() @ x[part]
         nll = kept_nll.new_zeros(len(hidden)).index_copy_(0, rows, kept_nll)
         ctx.save_for_backward(rows, d_x, d_weight)
         ctx.n_rows = len(hidden)

@@ -38,6 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """RMSNorm of each head, then rotary positions: x (B, S, H, D), weight (D,), cos and sin (B, S, D/2)."""
+    if x.dtype != weight.dtype:  # autocast: norms and angles stay in the weights' precision
+        return qk_norm_rope(x.to(weight.dtype), weight, cos, sin, eps).to(x.dtype)
     if x.device.type != "cpu":
         return rotary_reference(F.rms_norm(x, weight.shape, weight, eps), cos, sin)
     return _QKNormRope.apply(x, weight, cos, sin, eps)

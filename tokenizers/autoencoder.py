@@ -83,11 +83,11 @@ class GridAutoencoder(nn.Module):
 
     def latents(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, h, w, dim), before the quantizer."""
-        return self.encoder(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        return self.encoder(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).float()
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """(B, h, w, dim) -> (B, channels, H, W)"""
-        return self.decoder(latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+        return self.decoder(latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).float()
 
     @torch.inference_mode()
     def encode(self, x: Tensor) -> Tensor:

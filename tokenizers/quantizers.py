@@ -52,7 +52,8 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """(..., dim) -> (...) index of the code nearest by angle."""
-        return (F.normalize(z, dim=-1).reshape(-1, self.dim) @ self.codebook.T).argmax(-1).reshape(z.shape[:-1])
+        with torch.autocast(z.device.type, enabled=False):  # near ties must not depend on the precision
+            return (F.normalize(z, dim=-1).reshape(-1, self.dim) @ self.codebook.T).argmax(-1).reshape(z.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """(...) -> (..., dim)"""

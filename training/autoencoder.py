@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from onevocab.training import checkpoint, distributed
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import ScheduleConfig, multiplier
 
 PLAIN = 0.25  # part of the steps before the codebook starts
@@ -24,10 +25,13 @@ def train_autoencoder(
     sample: generator, the same on every rank -> this rank's part of a batch, (B, channels, H, W). Continues from the
     newest checkpoint of `folder`.
     """
+    device = next(model.parameters()).device
     optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
     schedule = ScheduleConfig(kind="wsd", warmup=0.02, decay=0.5, floor=0.02)
     found = checkpoint.load_latest(folder, model, optimizers)
     start = found.step if found else 0
+    # Kept on resume, so that a run ends the same wherever it was cut.
+    precision = found.state["precision"] if found else distributed.broadcast(choose("auto", device))
     log.cut_back(stage, start)
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
     wrapped = DistributedDataParallel(model) if distributed.world() > 1 else model
@@ -40,7 +44,8 @@ def train_autoencoder(
             with torch.no_grad():
                 latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
             model.quantizer.start(torch.cat(latents))
-        loss, logs = wrapped(sample(generator), quantize)
+        with autocast(precision, device):
+            loss, logs = wrapped(sample(generator), quantize)
         optimizers.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -52,7 +57,7 @@ def train_autoencoder(
             log.write(stage, step + 1, loss=float(loss.detach()), **values)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             if distributed.is_main():
-                checkpoint.save(folder, step + 1, model, {}, optimizers, {})
+                checkpoint.save(folder, step + 1, model, {}, optimizers, {"precision": precision})
             distributed.barrier()
     bar.close()
     model.eval()

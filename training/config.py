@@ -1,5 +1,7 @@
 """How one language stage is trained."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from onevocab.training.muon import OptimizerConfig
@@ -8,10 +10,11 @@ from onevocab.training.schedule import ScheduleConfig
 
 class TrainConfig(BaseModel):
     """steps: optimiser steps; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
-    max_bad_steps: so many non-finite losses in a row stop the run; *_every: in steps."""
+    precision: of the matmuls, "auto" is the faster one here; max_bad_steps: so many non-finite losses in a row stop the run; *_every: in steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(default=1000, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     z_loss: float = Field(default=1e-5, ge=0)

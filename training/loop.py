@@ -15,6 +15,7 @@ from onevocab.training import checkpoint, distributed
 from onevocab.training.config import TrainConfig
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import build_optimizers
+from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import multiplier
 
 
@@ -70,10 +71,12 @@ def train_language(
             print(f"skipped a damaged checkpoint: {line}")
         loader.load_state_dict(found.state["loader"])
     log.cut_back(stage, start)
+    # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
+    precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
 
     def save(step: int) -> None:
         if distributed.is_main():
-            checkpoint.save(folder, step, decoder, model_info, optimizers, {"loader": loader.state_dict()})
+            checkpoint.save(folder, step, decoder, model_info, optimizers, {"loader": loader.state_dict(), "precision": precision})
         distributed.barrier()
 
     module = NextTokenLoss(decoder, config.z_loss)
@@ -85,7 +88,8 @@ def train_language(
         for step in range(start, config.steps):
             batch = loader.next_batch().to(device)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
-            loss, nll = model(batch)
+            with autocast(precision, device):
+                loss, nll = model(batch)
             # DDP averages gradients over ranks; times their number is the sum, over the weight of all of them.
             mean = loss * distributed.world() / total_weight.clamp_min(1e-6)
             optimizers.zero_grad()
