@@ -34,14 +34,14 @@ class DemoConfig(BaseModel):
     narrated: int = Field(default=1_600, ge=0)
     heard: int = Field(default=6_000, ge=0)
     # instruct: conversations
-    about_picture: int = Field(default=9_000, ge=0)
+    about_picture: int = Field(default=8_000, ge=0)
     draw: int = Field(default=8_000, ge=0)
-    edit: int = Field(default=2_500, ge=0)
+    edit: int = Field(default=4_000, ge=0)
     spoken_question: int = Field(default=3_000, ge=0)
     hear: int = Field(default=2_500, ge=0)
     say: int = Field(default=2_500, ge=0)
-    say_seen: int = Field(default=1_500, ge=0)
-    draw_heard: int = Field(default=1_500, ge=0)
+    say_seen: int = Field(default=2_000, ge=0)
+    draw_heard: int = Field(default=2_500, ge=0)
     clips_per_voice: int = Field(default=4, ge=1, description="recordings of each name by each training voice")
 
 
