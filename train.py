@@ -6,8 +6,9 @@ Finished stages are skipped; an interrupted one continues. Each stage writes onl
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tomli_w
@@ -67,17 +68,32 @@ def read_config(path, overrides: list[str]) -> RunConfig:
         with open(path, "rb") as file:
             data = tomllib.load(file)
         config = RunConfig.model_validate(data)
-        return tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG", console_outputs=True)
+        # AvoidSubcommands: --data.demo.seed=1 is an option like any other although [data.demo] may be absent.
+        return tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
+                        config=(tyro.conf.AvoidSubcommands,))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; see configs/ for examples") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise invalid(error, path) from None
 
 
+# Settings that change how fast a stage runs or what it says, not what it makes.
+INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps"}
+
+
+class Stage(NamedTuple):
+    """name: also the folder's; settings and inputs (names of stages): what the result depends on."""
+
+    name: str
+    settings: dict
+    inputs: tuple[str, ...]
+    work: Callable[[], None]
+
+
 class Run:
-    """A run's folder, its finished stages and what they were made of."""
+    """A run's folder, its stages, and what each was made of."""
 
     def __init__(self, config: RunConfig):
         self.config, self.folder = config, Path(config.folder)
@@ -85,41 +101,73 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.main = distributed.is_main()
-        self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, config.wandb, self.folder.name)
-        self.hashes: dict[str, str] = {}
-        if self.main:
-            resolved = config.model_dump(mode="json", exclude_none=True)
-            write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved))
-            write_json(self.folder / "provenance.json", provenance())
+        shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
+        language = {"seed": config.seed, "model": config.model.model_dump(mode="json")}
+        self.stages = [
+            Stage("shards", _settings(config.data), (), self.write_shards),
+            Stage("text", _settings(config.text) | shared, ("shards",), self.train_text),
+            Stage("image", _settings(config.image) | shared, ("shards",), self.train_image),
+            Stage("audio", _settings(config.audio) | shared, ("shards",), self.train_audio),
+            Stage("codes", {}, ("shards", "text", "image", "audio"), self.write_codes),
+            Stage("pretrain", _settings(config.pretrain) | language, ("codes",),
+                  lambda: self.train_stage("pretrain", config.pretrain, None)),
+            Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
+                  lambda: self.train_stage("instruct", config.instruct, "pretrain")),
+        ]
 
-    def stage(self, name: str, settings: BaseModel | dict, inputs: list[str], work) -> None:
-        """Runs `work()` unless the stage is done with the same settings and inputs.
+    def train(self) -> None:
+        """Every stage in order; finished ones are skipped, an interrupted one continues.
 
-        Raises UserError when it is done with others: going on would mix two models in one folder.
+        Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
+        two models in one folder.
         """
-        made_of = {"settings": settings if isinstance(settings, dict) else settings.model_dump(mode="json"),
-                   "inputs": {stage: self.hashes[stage] for stage in inputs}}
-        self.hashes[name] = hash_json([name, made_of])
-        done = self.folder / name / "done.json"
-        if done.exists():
-            before = read_json(done)
-            if before["hash"] != self.hashes[name]:
-                raise UserError(f"stage {name} of {self.folder} was made with other settings "
-                                f"({_difference(before['made_of'], made_of)}); use another folder, or remove "
-                                f"{self.folder / name} and what follows it")
-            return
+        made_of = self._check()
+        self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
+                              self.folder.name)
         if self.main:
-            print(f"--- {name}", file=sys.stderr, flush=True)
+            resolved = self.config.model_dump(mode="json", exclude_none=True)
+            write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved))
+        for stage in self.stages:
+            folder = self.folder / stage.name
+            if not (folder / "done.json").exists():
+                self._run(stage, folder, made_of[stage.name])
+
+    def _check(self) -> dict[str, dict]:
+        made_of, hashes = {}, {}
+        for stage in self.stages:
+            made_of[stage.name] = {"settings": stage.settings, "inputs": {name: hashes[name] for name in stage.inputs}}
+            hashes[stage.name] = hash_json([stage.name, made_of[stage.name]])
+            for name in ("done.json", "started.json"):
+                path = self.folder / stage.name / name
+                if path.exists() and read_json(path)["hash"] != hashes[stage.name]:
+                    change = _difference(read_json(path)["made_of"], made_of[stage.name])
+                    later = ", ".join(later.name for later in self.stages[self.stages.index(stage) + 1 :])
+                    raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
+                                    f"use another --folder, or remove {self.folder / stage.name}"
+                                    + (f" and what follows from it ({later})" if later else ""))
+        distributed.barrier()  # nobody writes before everybody has looked
+        return made_of
+
+    def _run(self, stage: Stage, folder: Path, made_of: dict) -> None:
+        record = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
+        if self.main:
+            print(f"--- {stage.name}", file=sys.stderr, flush=True)
+            before = read_json(folder / "started.json")["seconds"] if (folder / "started.json").exists() else 0.0
+            write_json(folder / "started.json", record | {"seconds": before})
         began = time.perf_counter()
         torch.manual_seed(self.config.seed)
         np.random.seed(self.config.seed)
-        work()
+        try:
+            stage.work()
+        finally:
+            if self.main:  # of all sittings; one that was killed is not counted
+                seconds = round(before + time.perf_counter() - began, 1)
+                write_json(folder / "started.json", record | {"seconds": seconds})
         distributed.barrier()
         if self.main:
-            write_json(done, {"hash": self.hashes[name], "seconds": round(time.perf_counter() - began, 1),
-                              "made_of": made_of})
+            write_json(folder / "done.json", record | {"seconds": seconds, "provenance": provenance()})
             if (self.folder / "metrics.jsonl").exists():
-                plot_curves(self.folder / "metrics.jsonl", name, self.folder / name / "curves.png")
+                plot_curves(self.folder / "metrics.jsonl", stage.name, folder / "curves.png")
         distributed.barrier()
 
     def on_main(self, work) -> None:
@@ -179,29 +227,26 @@ class Run:
         train_autoencoder(tokenizer, sample, settings.steps, settings.learning_rate, self.folder / name, self.log, name,
                           self.config.seed)
 
-    def tokenizers(self) -> Tokenizers:
-        """Gathers the trained tokenizers below `tokenizers/`, once, and loads them."""
-        folder = self.folder / "tokenizers"
-        if not (folder / "vocabulary.json").exists():
-            def work():
-                media = {}
-                for name, tokenizer in (("image", ImageTokenizer(self.config.image)),
-                                        ("audio", AudioTokenizer(self.config.audio))):
-                    if checkpoint.load_latest(self.folder / name, tokenizer, restore_rng=False):
-                        media[name] = tokenizer
-                text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
-                Tokenizers(text, media).save(folder)
-
-            self.on_main(work)
-        return Tokenizers.load(folder)
-
     def write_codes(self) -> None:
-        self.tokenizers()
+        """Gathers the trained tokenizers below `tokenizers/`, then turns all media to codes."""
+        self.on_main(self._gather_tokenizers)
         self.on_main(lambda: tokenize_in_processes(self.raw_shards, self.folder / "codes", self.folder / "tokenizers",
                                                    self.config.data.workers))
 
+    def _gather_tokenizers(self) -> None:
+        media = {}
+        for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
+            found = checkpoint.load_latest(self.folder / tokenizer.name, tokenizer, restore_rng=False)
+            if found and found.damaged:
+                raise UserError(f"{found.damaged[0]}; remove {self.folder / tokenizer.name / 'done.json'} to train its "
+                                "last steps again")
+            if found:
+                media[tokenizer.name] = tokenizer
+        text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
+        Tokenizers(text, media).save(self.folder / "tokenizers")
+
     def train_stage(self, name: str, settings: LanguageStage, init_from: str | None) -> None:
-        tokenizers = self.tokenizers()
+        tokenizers = Tokenizers.load(self.folder / "tokenizers")
         sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in settings.sources]
         loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
                               self.config.seed)
@@ -209,12 +254,19 @@ class Run:
             print(f"{name}: {loader.summary()}", file=sys.stderr)
         decoder = Decoder(self.config.model, tokenizers.vocab.size).to(self.device)
         if init_from:
-            weights, _ = checkpoint.load_weights(checkpoint.list_steps(self.folder / init_from)[0])
-            checkpoint.load_into(decoder, weights, self.folder / init_from)
+            steps = checkpoint.list_steps(self.folder / init_from)
+            if not steps:
+                raise UserError(f"{self.folder / init_from} holds no checkpoint; remove its done.json")
+            checkpoint.load_into(decoder, checkpoint.load_weights(steps[0])[0], steps[0])
         info = {"config": self.config.model.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
                        self.device)
+
+
+def _settings(model: BaseModel) -> dict:
+    """What the result of a stage depends on."""
+    return model.model_dump(mode="json", exclude=INCIDENTAL)
 
 
 def _difference(before: dict, after: dict, path: str = "") -> str:
@@ -234,20 +286,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")
-    config = read_config(arguments[0], arguments[1:])
-    run = Run(config)
-    shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
+    run = Run(read_config(arguments[0], arguments[1:]))
     try:
-        run.stage("shards", config.data, [], run.write_shards)
-        run.stage("text", config.text.model_dump(mode="json") | shared, ["shards"], run.train_text)
-        run.stage("image", config.image.model_dump(mode="json") | shared, ["shards"], run.train_image)
-        run.stage("audio", config.audio.model_dump(mode="json") | shared, ["shards"], run.train_audio)
-        run.stage("codes", {}, ["shards", "text", "image", "audio"], run.write_codes)
-        language = config.model.model_dump(mode="json") | {"seed": config.seed}
-        run.stage("pretrain", config.pretrain.model_dump(mode="json") | {"model": language}, ["codes"],
-                  lambda: run.train_stage("pretrain", config.pretrain, None))
-        run.stage("instruct", config.instruct.model_dump(mode="json") | {"model": language}, ["codes", "pretrain"],
-                  lambda: run.train_stage("instruct", config.instruct, "pretrain"))
+        run.train()
         if run.main:
             print(f"done: {run.folder}. Try: python sample.py {run.folder} --text 'Draw a dog at the top left on a "
                   f"blue background.' --want image; evaluate: python -m onevocab.evaluation {run.folder}")

@@ -16,7 +16,8 @@ def invalid(error, where) -> UserError:
 
 
 def cli(main):
-    """Wraps a command's `main`: a UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
+    """Wraps a command's `main`: a UserError, or a file that the system refuses, becomes one line on stderr and exit
+    code 2; Ctrl-C exits 130."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -24,6 +25,12 @@ def cli(main):
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None and error.errno is None:
+                raise  # no file's fault: a bug, or torch's
+            where = f" {error.filename}" if error.filename else ""
+            print(f"error:{where} {error.strerror}; check the path, its permissions and the disk", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)

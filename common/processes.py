@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -35,7 +36,14 @@ def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
         raise UserError(failed)
 
 
+def _die_with_parent() -> None:
+    """A parent that was killed cannot stop its children; left alone they would write into the next run's folder."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _run(queue, work: Callable, arguments: tuple) -> None:
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         work(*arguments)
     except UserError as error:

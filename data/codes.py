@@ -60,7 +60,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         if out.exists():
             found = read_header(out)
             if found != header:
-                what = "other tokenizers" if found and found["source"] == header["source"] else "another shard"
+                what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
                 raise UserError(f"{out} was made from {what}; remove it or choose another folder for the codes")
             stats.skipped += 1
             continue

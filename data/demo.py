@@ -24,19 +24,19 @@ from onevocab.tokenizers.media import encode_audio, encode_png
 
 class DemoConfig(BaseModel):
     """[data.demo]: how many samples of each kind. voices: "espeak" needs the speech extra, "tones" plays a melody for
-    each text instead, "none" leaves out what has sound."""
+    each text instead."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     seed: int = 0
-    voices: Literal["espeak", "tones", "none"] = "espeak"
+    voices: Literal["espeak", "tones"] = "espeak"
     # pretrain: pairs, shown in both orders, and speech to text in many voices
-    captions: int = Field(default=18_000, ge=0)
+    captions: int = Field(default=12_000, ge=0)
     narrated: int = Field(default=1_600, ge=0)
     heard: int = Field(default=6_000, ge=0)
     # instruct: conversations
-    about_picture: int = Field(default=8_000, ge=0)
-    draw: int = Field(default=8_000, ge=0)
-    edit: int = Field(default=4_000, ge=0)
+    about_picture: int = Field(default=7_000, ge=0)
+    draw: int = Field(default=6_000, ge=0)
+    edit: int = Field(default=3_000, ge=0)
     spoken_question: int = Field(default=3_000, ge=0)
     hear: int = Field(default=2_500, ge=0)
     say: int = Field(default=2_500, ge=0)
@@ -147,6 +147,5 @@ def write_demo(folder, config: DemoConfig, samples_per_shard: int = 2000) -> Non
     if config.voices == "espeak" and not speech.available():
         raise UserError("the demo's voices need the speech extra: pip install -e '.[speech]'; or go on without them: "
                         "--data.demo.voices=tones")
-    kinds = (0,) if config.voices == "none" else (0, 1)
-    run_processes(_write, [(folder, index, config, samples_per_shard) for index in kinds],
+    run_processes(_write, [(folder, index, config, samples_per_shard) for index in (0, 1)],
                   f"writing the demo's shards to {folder} failed; free some space and start again")

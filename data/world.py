@@ -200,10 +200,10 @@ def _bucket(*parts: str) -> int:
 
 def held_out(scene: Scene) -> bool:
     """Whether the composition is kept for evaluation: it holds a held-out pair of names, or is one object alone whose
-    (name, place, background) is held out. A tenth of all pairs and a tenth of all such triples."""
+    (name, place as shown, background) is held out. A tenth of all pairs and a tenth of all such triples."""
     names = [thing.name for thing in scene.objects]
     if len(names) == 1:
-        return _bucket(names[0], str(scene.objects[0].cell), scene.background) == 0
+        return _bucket(names[0], str(scene.objects[0].cell ^ scene.mirrored), scene.background) == 0
     pairs = {tuple(sorted((one, two))) for i, one in enumerate(names) for two in names[i + 1 :]}
     return any(_bucket(*pair) == 0 for pair in pairs)
 

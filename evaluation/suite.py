@@ -49,7 +49,7 @@ def run(evaluator: Evaluator, quiet: bool = False) -> None:
 
 def task(run: Evaluator, name: str) -> None:
     """A task on its held-out split, then its controls: media shuffled, an unseen style, voices of training."""
-    c, main = run.config, HELD_OUT["voices" if name in VOICED else "test"]
+    c, main = run.config, HELD_OUT["voices" if name in VOICED else "words" if name == "say" else "test"]
 
     def measure(split: str, items: Callable[[], list], **options) -> Answered | None:
         # What cannot be asked here (no eSpeak, a context too short, no such modality) is null, with the reason.
@@ -70,7 +70,7 @@ def task(run: Evaluator, name: str) -> None:
     if any(not isinstance(part, str) for part in parts_of(answered.items[0])):
         some = answered.items[: run.count(c.controls)]
         measure(f"{main}, media shuffled", lambda: shuffled_media(some))
-    if name in ("caption", "vqa", "detection"):
+    if any(isinstance(part, Image.Image) for part in parts_of(answered.items[0])):
         measure(HELD_OUT["style"], lambda: run.items(name, "style", c.controls))
     if name in VOICED:
         measure(HELD_OUT["train_voices"], lambda: run.items(name, "train_voices", c.controls))

@@ -25,6 +25,7 @@ READER = NameReader({spelling: name for name in world.NAMES for spelling in (nam
 HELD_OUT = {
     "test": "held-out compositions", "style": "unseen drawing style", "wordings": "held-out wordings",
     "seen": "seen wordings", "voices": "held-out voices", "train_voices": "seen voices",
+    "words": "nothing held out: seen names",
 }
 
 
@@ -227,7 +228,7 @@ class Evaluator:
         jobs = []
         for sound, phrase in zip(sounds, phrases, strict=True):
             choice = speech_judge.candidates(phrase, pool, self.config.candidates, self.config.seed)
-            self.candidates[phrase] = choice
+            self.candidates[f"{task}: {phrase}"] = choice
             jobs.append((*(sound or (np.zeros(1600, np.float32), 16_000)), choice))
         return speech_judge.hear_all(jobs)
 
@@ -290,8 +291,7 @@ class Evaluator:
             return tuple(self.look(p, task) for p in (originals, self.through_tokenizer("image", originals)))
         if items[0].want == "audio":
             phrases = [item.answer["say"] for item in items]
-            voices = speech.TEST_VOICES
-            originals = [(speech.speak(p, voices[i % len(voices)]), speech.RATE) for i, p in enumerate(phrases)]
+            originals = [(speech.speak(phrase), speech.RATE) for phrase in phrases]  # the narrator's, as the model's
             both = self.listen(originals + self.through_tokenizer("audio", originals), phrases * 2, task)
             return both[: len(items)], both[len(items) :]
         return None

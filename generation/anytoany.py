@@ -308,7 +308,8 @@ def _classify(part, pending: dict[str, list]) -> tuple[str, object]:
 
 
 def _without_request(document: Document) -> Document:
-    """The prompt with the user's words gone (training drops them the same way), for guidance."""
+    """The prompt with the words of its last turn gone, as training drops them, for guidance."""
+    last = document.segments[-1].turn if document.segments else 0
     return Document(tuple(
-        replace(part, content="") if part.modality == "text" and part.role in (None, "user") else part
+        replace(part, content="") if part.modality == "text" and part.turn == last else part
         for part in document.segments))

@@ -21,7 +21,7 @@ class AudioConfig(AutoencoderConfig):
 
     mels: int = Field(default=64, ge=8, le=256)
     rows: int = Field(default=2, ge=1)
-    column_frames: int = Field(default=4, ge=2, multiple_of=2)
+    column_frames: int = Field(default=4, ge=4, multiple_of=2)
     max_seconds: float = Field(default=8.0, gt=0)
     clip_seconds: float = Field(default=0.768, gt=0)
     steps: int = Field(default=1500, ge=1)
@@ -74,6 +74,9 @@ class AudioTokenizer(GridAutoencoder):
         if len(samples) > self.config.max_seconds * rate:
             raise UserError(f"a sound of {len(samples) / rate:.1f} s is longer than the {self.config.max_seconds} s "
                             "this model hears at once; cut it")
+        if not 1_000 <= rate <= 768_000:
+            raise UserError(f"a sound of {rate} samples a second is not understood; bring it to 16 kHz")
+        rate = round(rate / 50) * 50  # a kernel for 44,101 Hz would take gigabytes; 0.1% of pitch is not heard
         if rate != RATE:
             samples = torchaudio.functional.resample(torch.from_numpy(samples), rate, RATE).numpy()
         return samples

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from onevocab.common.errors import UserError
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
-from onevocab.tokenizers.media import load_image
+from onevocab.tokenizers.media import load_image, to_rgb
 
 
 class ImageConfig(AutoencoderConfig):
@@ -48,7 +48,7 @@ class ImageTokenizer(GridAutoencoder):
 
     def read(self, source) -> torch.Tensor:
         """PIL image, path or bytes -> uint8 (3, H, W) of the configured size."""
-        image = source.convert("RGB") if isinstance(source, Image.Image) else load_image(source)
+        image = to_rgb(source) if isinstance(source, Image.Image) else load_image(source)
         height, width = self.config.size
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -49,9 +49,6 @@ class TextTokenizer:
         """ids -> str; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode_bytes(list(ids)).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self.encoding.decode_bytes(list(ids))
-
     def to_json(self) -> dict:
         pieces = sorted(self.ranks, key=self.ranks.__getitem__)
         return {"pattern": self.pattern, "pieces": [base64.b64encode(piece).decode() for piece in pieces]}

@@ -79,14 +79,6 @@ class Span:
         """How many ids a span around a grid of this shape takes."""
         return shape[0] * shape[1] + (4 if self.sized else 2)
 
-    @property
-    def n_codes(self) -> int:
-        return self.codes
-
-    @property
-    def n_sizes(self) -> int:
-        return self.sizes
-
     def wrap(self, codes: np.ndarray) -> np.ndarray:
         """Codes [first axis, second axis] -> ids of the whole span, int32 (n,).
 

@@ -30,8 +30,11 @@ def train_autoencoder(
     schedule = ScheduleConfig(kind="wsd", warmup=0.02, decay=0.5, floor=0.02)
     found = checkpoint.load_latest(folder, model, optimizers)
     start = found.step if found else 0
+    if found:
+        found.report_damage()
     # Kept on resume, so that a run ends the same wherever it was cut.
     precision = found.state["precision"] if found else distributed.broadcast(choose("auto", device))
+    optimizers.iterate_in(getattr(torch, precision))
     log.cut_back(stage, start)
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
     wrapped = DistributedDataParallel(model) if distributed.world() > 1 else model

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class Checkpoint:
     model_info: dict
     state: dict
     damaged: list[str] = field(default_factory=list)
+
+    def report_damage(self) -> None:
+        for line in self.damaged:
+            print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
 
 
 def save(folder, step: int, model: nn.Module, model_info: dict, optimizers, state: dict, keep: int = 2) -> Path:

@@ -10,7 +10,8 @@ from onevocab.training.schedule import ScheduleConfig
 
 class TrainConfig(BaseModel):
     """steps: optimiser steps; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
-    precision: of the matmuls, "auto" is the faster one here; max_bad_steps: so many non-finite losses in a row stop the run; *_every: in steps."""
+    precision: of the matmuls, "auto" is the faster one here; max_bad_steps: so many non-finite losses in a row stop
+    the run; *_every: in steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(default=1000, ge=1)

@@ -67,8 +67,7 @@ def train_language(
     found = checkpoint.load_latest(folder, decoder, optimizers)
     start = found.step if found else 0
     if found:
-        for line in found.damaged:
-            print(f"skipped a damaged checkpoint: {line}")
+        found.report_damage()
         loader.load_state_dict(found.state["loader"])
     log.cut_back(stage, start)
     # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
@@ -76,7 +75,8 @@ def train_language(
 
     def save(step: int) -> None:
         if distributed.is_main():
-            checkpoint.save(folder, step, decoder, model_info, optimizers, {"loader": loader.state_dict(), "precision": precision})
+            state = {"loader": loader.state_dict(), "precision": precision}
+            checkpoint.save(folder, step, decoder, model_info, optimizers, state)
         distributed.barrier()
 
     module = NextTokenLoss(decoder, config.z_loss)
@@ -126,7 +126,7 @@ def train_language(
             if done % config.save_every == 0 or done == config.steps:
                 save(done)
                 saved = done
-            if distributed.agree(stop.asked, device) and done < config.steps:
+            if distributed.agree(stop.asked, device):
                 if saved < done:
                     save(done)
                 raise Stopped(f"{stage} stopped at step {done}; the same command continues")

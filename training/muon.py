@@ -1,8 +1,7 @@
 """Muon for the hidden matrices, AdamW for everything else, behind one small interface.
 
 Muon is Keller Jordan's (https://kellerjordan.github.io/posts/muon/): Nesterov momentum, then the nearest
-semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1, rows / columns)). On a CPU the
-iteration runs in float32 (bfloat16 is many times slower on CPUs without AVX-512), on a GPU in bfloat16.
+semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1, rows / columns)).
 """
 
 from collections import defaultdict
@@ -51,7 +50,7 @@ class Muon:
     """
 
     def __init__(self, named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.lr, self.momentum, self.weight_decay, self.dtype = lr, momentum, weight_decay, torch.float32
         by_shape = defaultdict(list)
         for name, parameter in named:
             if parameter.dim() < 2:
@@ -75,8 +74,7 @@ class Muon:
             grad = torch.stack([_wide(p.grad) for p in parameters]).float()
             momentum.lerp_(grad, 1 - self.momentum)
             update = grad.lerp_(momentum, self.momentum)
-            on_cpu = update.device.type == "cpu"
-            update = orthogonalise(update if on_cpu else update.bfloat16()).to(parameters[0].dtype)
+            update = orthogonalise(update.to(self.dtype)).to(parameters[0].dtype)
             if self.weight_decay:
                 torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             for p, u in zip(parameters, update, strict=True):
@@ -132,6 +130,11 @@ class Optimizers:
         """One update with every learning rate times `multiplier`."""
         for member in self.members.values():
             member.step(multiplier)
+
+    def iterate_in(self, dtype: torch.dtype) -> None:
+        """The type of Muon's iteration: bfloat16 is faster where there are instructions for it, else much slower."""
+        if "muon" in self.members:
+            self.members["muon"].dtype = dtype
 
     def zero_grad(self) -> None:
         for member in self.members.values():
