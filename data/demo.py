@@ -35,13 +35,13 @@ class DemoConfig(BaseModel):
     heard: int = Field(default=6_000, ge=0)
     # instruct: conversations
     about_picture: int = Field(default=7_000, ge=0)
-    draw: int = Field(default=6_000, ge=0)
+    draw: int = Field(default=8_000, ge=0)
     edit: int = Field(default=3_000, ge=0)
-    spoken_question: int = Field(default=3_000, ge=0)
-    hear: int = Field(default=2_500, ge=0)
-    say: int = Field(default=2_500, ge=0)
+    spoken_question: int = Field(default=3_500, ge=0)
+    hear: int = Field(default=3_000, ge=0)
+    say: int = Field(default=2_000, ge=0)
     say_seen: int = Field(default=2_000, ge=0)
-    draw_heard: int = Field(default=2_500, ge=0)
+    draw_heard: int = Field(default=3_000, ge=0)
     clips_per_voice: int = Field(default=4, ge=1, description="recordings of each name by each training voice")
 
 
@@ -97,7 +97,7 @@ def _said(rng) -> str:
 
 def _caption_pair(rng) -> list:
     scene = random_scene(rng)
-    return [scene, tasks.caption_long(scene) if rng.random() < 0.75 else tasks.caption_short(scene)]
+    return [scene, tasks.caption_long(scene) if rng.random() < 0.65 else tasks.caption_short(scene)]
 
 
 def _narrated_pair(rng) -> list:

@@ -214,12 +214,12 @@ def ask(task: str, scene: Scene, rng: np.random.Generator, wording: str = SEEN) 
     return word(task, rng, wording), CAPTIONS[task](scene)
 
 
-def about_picture(rng: np.random.Generator, split: str = "train", questions: int = 5) -> list:
+def about_picture(rng: np.random.Generator, split: str = "train", questions: int = 6) -> list:
     """One picture, several independent questions about it."""
     scene = random_scene(rng, split)
     tasks = ["what", "where", "yes_no", "count", "count_name", "background", "tint", "caption_short", "caption_long",
              "caption_list", "detection"]
-    weights = np.array([3, 2, 1.5, 1, 1.5, 1, 1, 1.5, 1, 1, 1.5])
+    weights = np.array([3, 3, 2.5, 0.7, 1.5, 0.7, 1.2, 1.5, 1, 0.8, 1])
     messages = []
     for task in rng.choice(tasks, questions, replace=False, p=weights / weights.sum()):
         pair = ask(str(task), scene, rng)
@@ -244,7 +244,7 @@ EDITS = ("edit_grey", "edit_mirror", "edit_remove", "edit_replace", "edit_backgr
 
 
 def edit(rng: np.random.Generator, split: str = "train", wording: str = SEEN, task: str | None = None) -> list:
-    """A picture, an instruction that changes it, the changed picture."""
+    """An instruction, the picture that it changes, the changed picture."""
     while True:
         scene = random_scene(rng, split)
         kind = task or EDITS[int(rng.integers(len(EDITS)))]
@@ -268,7 +268,9 @@ def edit(rng: np.random.Generator, split: str = "train", wording: str = SEEN, ta
                 blanks = {"name": thing.name, "a_other": with_article(other)}
         if split == "test" or not held_out(after):
             instruction = word(kind, rng, wording, **blanks)
-            return [("user", [scene, instruction]), ("assistant", [after])]
+            # The instruction first: the new picture then stands at one fixed distance behind the old one, whatever the
+            # wording, and copying what stays is easy to learn.
+            return [("user", [instruction, scene]), ("assistant", [after])]
 
 
 # --- speech -----------------------------------------------------------------------------------------------------------

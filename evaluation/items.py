@@ -107,7 +107,7 @@ def evaluation_items(task: str, split: str, n: int, seed: int) -> list[Item]:
         elif task == "edit":
             kind = demo_tasks.EDITS[i % len(demo_tasks.EDITS)]
             conversation = demo_tasks.edit(rng, "test", wording, kind)
-            items.append(_item(conversation, style, source=conversation[0][1][0], kind=kind.split("_")[1]))
+            items.append(_item(conversation, style, source=conversation[0][1][1], kind=kind.split("_")[1]))
         elif task == "hear":
             questions = demo_tasks.spoken_questions()
             text = name if i % 2 == 0 else questions[int(rng.integers(len(questions)))]
