@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,3 +190,27 @@ def test_a_run_says_what_made_it(smoke_run):
     for stage in ("shards", "text", "image", "audio", "codes", "pretrain", "instruct"):
         done = json.loads((smoke_run / stage / "done.json").read_text())
         assert done["seconds"] >= 0 and done["provenance"]["versions"]["torch"] and done["provenance"]["device"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_several_stages_ends_with_the_same_weights(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = train("configs/smoke.toml", f"--folder={whole}")
+    assert done.returncode == 0, done.stderr
+    for stage in ("image", "pretrain", "instruct"):
+        process = subprocess.Popen([sys.executable, "train.py", "configs/smoke.toml", f"--folder={cut}"], cwd=ROOT,
+                                   stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for line in process.stderr:
+            if line.startswith(f"--- {stage}"):
+                break
+        deadline = time.monotonic() + 60
+        while stage != "image" and not list((cut / stage).glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not (cut / stage / "done.json").exists() or stage == "instruct"
+    done = train("configs/smoke.toml", f"--folder={cut}")
+    assert done.returncode == 0, done.stderr
+    for stage in ("image", "audio", "pretrain", "instruct"):
+        weights = [checkpoint.load_weights(checkpoint.list_steps(run / stage)[0])[0] for run in (whole, cut)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), stage
