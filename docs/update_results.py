@@ -1,6 +1,6 @@
 """Fills the README's table of results from docs/results/demo.json, so that no number is typed by hand.
 
-    python docs/update_results.py --from runs/demo   copies the run's report there, then fills the table
+    python docs/update_results.py --from runs/demo   copies the run's report and gallery, then fills the table
     python docs/update_results.py                    fills the table from the committed file
 
 The committed file is the run's report.json with two keys more: `command`, which made it, and `date`, the
@@ -17,6 +17,7 @@ from onevocab.common import errors, files
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo.json"
 README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "images" / "demo.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COLUMNS = (
     "task",
@@ -58,7 +59,9 @@ def cell(value) -> str:
 def table(report: dict) -> str:
     """The Markdown between the markers. Raises KeyError for a report without results."""
     lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * 3 + "---:|" * (len(TITLES) - 3)]
-    lines += ["| " + " | ".join(cell(row.get(name)) for name in COLUMNS) + " |" for row in report["results"]]
+    # By kind of question, edit or wording: in the committed file and on the report's page.
+    rows = [row for row in report["results"] if ": " not in row["metric"]]
+    lines += ["| " + " | ".join(cell(row.get(name)) for name in COLUMNS) + " |" for row in rows]
     seconds = report.get("seconds") or {}
     versions = report.get("versions") or {}
     facts = [f"`{report['command']}`", str(report.get("device") or "device not recorded"), report["date"]]
@@ -88,6 +91,7 @@ def main() -> None:
     if arguments.run:
         report = files.read_json(arguments.run / "report" / "report.json")
         report |= {"command": arguments.command, "date": datetime.date.today().isoformat()}
+        files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
         files.write_atomic(RESULTS, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     files.write_atomic(README, fill(README.read_text(encoding="utf-8"), files.read_json(RESULTS)))
     print(f"filled the table of {README}")
