@@ -3,8 +3,8 @@
     python docs/update_results.py --from runs/demo   copies the run's report and gallery, then fills the table
     python docs/update_results.py                    fills the table from the committed file
 
-The committed file is the run's report.json with two keys more: `command`, which made it, and `date`, the
-day of the copy.
+The committed file is the run's report.json with three keys more: `command`, which made it, `date`, the
+day of the copy, and `losses`, the last ones of the run's metrics.jsonl.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from onevocab.common import errors, files
+from onevocab.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "demo.json"
@@ -70,6 +71,9 @@ def table(report: dict) -> str:
     if seconds:
         parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
         lines += [f"Seconds per stage: {parts}; {sum(seconds.values()) / 60:.1f} minutes together."]
+    for stage, losses in report.get("losses", {}).items():
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "step")
+        lines += [f"Loss at the end of {stage} (step {losses['step']:,}), nats a token: {shown}."]
     return "\n".join(lines)
 
 
@@ -83,6 +87,16 @@ def fill(readme: str, report: dict) -> str:
 
 
 @errors.cli
+def last_losses(metrics: Path) -> dict[str, dict[str, float]]:
+    """Of each language stage: its last losses by modality, nats a token."""
+    losses = {}
+    for line in read_metrics(metrics):
+        found = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
+        if found:
+            losses[line["stage"]] = {"step": line["step"], **found}
+    return losses
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="run", type=Path, help="the folder of a run whose report is to be published")
@@ -90,7 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         report = files.read_json(arguments.run / "report" / "report.json")
-        report |= {"command": arguments.command, "date": datetime.date.today().isoformat()}
+        report |= {"command": arguments.command, "date": datetime.date.today().isoformat(),
+                   "losses": last_losses(arguments.run / "metrics.jsonl")}
         files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
         files.write_atomic(RESULTS, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     files.write_atomic(README, fill(README.read_text(encoding="utf-8"), files.read_json(RESULTS)))
