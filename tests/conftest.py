@@ -76,3 +76,28 @@ def smoke_run(tmp_path_factory) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     return run
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Tiny untrained tokenizers, saved."""
+    from tiny import tiny_tokenizers
+
+    bundle = tiny_tokenizers()
+    bundle.save(tmp_path_factory.mktemp("run") / "tokenizers")
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """A folder of raw shards, 24 samples."""
+    from samples import raw_samples
+
+    from onevocab.data.shards import ShardWriter
+
+    folder = tmp_path_factory.mktemp("raw")
+    with ShardWriter(folder, "s", 5) as writer:
+        for key, members in raw_samples(24):
+            writer.write(key, members)
+    return folder
+
