@@ -23,7 +23,7 @@ class EvaluateConfig(BaseModel):
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance of pictures; 1 is none")
-    judge_steps: int = Field(220, ge=1, description="training steps of the picture judge")
+    judge_steps: int = Field(220, ge=20, description="training steps of the picture judge")
     judge_floor: float = Field(0.5, ge=0, le=1, description="below this probability the judge sees nothing")
     candidates: int = Field(20, ge=2, description="phrases among which the speech judge decides")
     gallery: int = Field(16, ge=1, description="drawings shown, of seeds 0, 1, ...; never selected")
