@@ -76,7 +76,7 @@ def _about(scene: Scene, instruction: str, right: str, style: str, kind: str | N
 
 
 def evaluation_items(task: str, split: str, n: int, seed: int) -> list[Item]:
-    """n items of a task. Captions and drawings go through all names in turn, so that len(NAMES) of them hold every name.
+    """n items of a task. Captions and drawings go through all names in turn, so 100 hold every name.
 
     Raises UserError when the task needs a package that is not installed.
     """
