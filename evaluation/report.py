@@ -6,7 +6,6 @@ import io
 import json
 import textwrap
 import tomllib
-import wave
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
-from onevocab.tokenizers.media import encode_audio
+from onevocab.tokenizers.media import encode_audio, encode_png
+from onevocab.training.metrics import read_metrics
 
 INTRO = {
     "Drawn from words": "Seeds 0, 1, 2, ..., in order, none left out. Under each: the prompt, and what the picture "
@@ -60,35 +60,24 @@ def run_config(run: Path) -> dict:
 
 
 def png(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    """A picture as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(encode_png(picture, level=9)).decode()
 
 
 def wav(samples: np.ndarray, rate: int) -> str:
     """Sound as a data URI: 16-bit mono WAV."""
-    samples = np.nan_to_num(np.asarray(samples, np.float32).reshape(-1)).clip(-1, 1)
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(int(rate))
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
-    return "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode()
+    samples = np.nan_to_num(np.asarray(samples, np.float32).reshape(-1))
+    return "data:audio/wav;base64," + base64.b64encode(encode_audio(samples, int(rate), format="WAV")).decode()
 
 
 def curves(run: Path) -> list[tuple[str, str]]:
     """(stage, PNG data URI) of the losses in `metrics.jsonl`. A damaged line is skipped."""
     stages: dict[str, list[dict]] = {}
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = read_metrics(run / "metrics.jsonl")
     except OSError:
         return []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
+    for entry in entries:
         if isinstance(entry, dict) and "step" in entry:
             stages.setdefault(str(entry.get("stage", "training")), []).append(entry)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
