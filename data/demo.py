@@ -42,12 +42,16 @@ class DemoConfig(BaseModel):
     say: int = Field(default=2_000, ge=0)
     say_seen: int = Field(default=2_000, ge=0)
     draw_heard: int = Field(default=3_000, ge=0)
-    clips_per_voice: int = Field(default=4, ge=1, description="recordings of each name by each training voice")
+    clips_per_voice: int = Field(default=2, ge=1, description="recordings of each name by each training voice")
 
 
 class _Studio:
     """Renders each utterance once. A task asks for any speed and pitch; it gets one of the recordings of that text by
-    that voice, so the same few thousand clips serve every sample."""
+    that voice, so the same few thousand clips serve every sample.
+
+    The narrator, whom the model learns to speak like, is left as it is. All others are played a little faster or slower
+    (speed perturbation, Ko et al. 2015) and some get breath: what they say is to be understood in new voices too.
+    """
 
     def __init__(self, config: DemoConfig):
         self.takes, self.clips = config.clips_per_voice, {}
@@ -58,9 +62,15 @@ class _Studio:
         take = (spoken.words_per_minute + spoken.pitch) % self.takes
         key = spoken.text, spoken.voice, take
         if key not in self.clips:
-            samples = self.perform(spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch)
-            self.clips[key] = encode_audio(samples, speech.RATE)
+            self.clips[key] = encode_audio(self._perform(spoken, take), speech.RATE)
         return self.clips[key]
+
+    def _perform(self, spoken: tasks.Utterance, take: int) -> np.ndarray:
+        settings = spoken.text, spoken.voice, spoken.words_per_minute, spoken.pitch
+        if spoken.voice == speech.NARRATOR:
+            return self.perform(*settings)
+        rng = np.random.default_rng([take, *spoken.text.encode(), *spoken.voice.encode()])
+        return speech.vary(self.perform(*settings, float(rng.uniform(0.9, 1.1))), rng)
 
 
 def to_members(content: list, extra: dict, studio: _Studio | None, conversation: bool) -> dict[str, bytes]:

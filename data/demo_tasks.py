@@ -219,7 +219,7 @@ def about_picture(rng: np.random.Generator, split: str = "train", questions: int
     scene = random_scene(rng, split)
     tasks = ["what", "where", "yes_no", "count", "count_name", "background", "tint", "caption_short", "caption_long",
              "caption_list", "detection"]
-    weights = np.array([3, 3, 2.5, 0.7, 1.5, 0.7, 1.2, 1.5, 1, 0.8, 1])
+    weights = np.array([3, 4, 3.5, 0.6, 1.5, 0.6, 2, 1.2, 0.8, 0.7, 1])
     messages = []
     for task in rng.choice(tasks, questions, replace=False, p=weights / weights.sum()):
         pair = ask(str(task), scene, rng)

@@ -11,7 +11,7 @@ from onevocab.tokenizers.torchaudio_guard import torchaudio
 
 RATE = 16_000
 FFT, HOP = 1024, 256
-FLOOR = 1e-5
+FLOOR = 5e-3  # some 45 dB below a loud vowel: codes are not spent on what nobody hears
 PHASE_ITERATIONS = 32
 
 
@@ -32,7 +32,7 @@ class AudioConfig(AutoencoderConfig):
 class AudioTokenizer(GridAutoencoder):
     """Mono sound at any rate -> codes [columns, rows]; codes -> float32 at 16 kHz.
 
-    The spectrogram is ln(max(magnitude mel, 1e-5)), Slaney's scale, standardised by the training set's mean and
+    The spectrogram is ln(magnitude mel + 0.005), Slaney's scale, standardised by the training set's mean and
     deviation. Rows run from low to high frequency.
     """
 
@@ -89,7 +89,7 @@ class AudioTokenizer(GridAutoencoder):
         length = max(1, -(-len(samples) // hop)) * hop
         # The last frame of a centred transform stands past the end: dropped, so that n hops give n frames.
         mel = self.spectrogram(torch.nn.functional.pad(samples, (0, length - len(samples))))[..., :-1]
-        return mel.clamp_min(FLOOR).log()[None]
+        return (mel + FLOOR).log()[None]
 
     def standardise(self, mel: torch.Tensor) -> torch.Tensor:
         return (mel - self.mean) / self.deviation
@@ -110,7 +110,7 @@ class AudioTokenizer(GridAutoencoder):
     @torch.inference_mode()
     def to_waveform(self, mel: torch.Tensor) -> np.ndarray:
         """(1, mels, frames) log-mel -> float32 (frames * hop,) by Griffin & Lim 1984, with Perraudin's momentum."""
-        magnitude = (self.inverse_mel.T @ mel[0].exp()).clamp_min(0)
+        magnitude = (self.inverse_mel.T @ (mel[0].exp() - FLOOR)).clamp_min(0)
         magnitude = torch.cat([magnitude, magnitude[:, -1:]], dim=1)  # the frame dropped in `log_mel`
         return self.vocode(magnitude).cpu().numpy()
 
