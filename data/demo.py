@@ -32,7 +32,7 @@ class DemoConfig(BaseModel):
     # pretrain: pairs, shown in both orders, and speech to text in many voices
     captions: int = Field(default=12_000, ge=0)
     narrated: int = Field(default=1_600, ge=0)
-    heard: int = Field(default=6_000, ge=0)
+    heard: int = Field(default=9_000, ge=0)
     # instruct: conversations
     about_picture: int = Field(default=7_000, ge=0)
     draw: int = Field(default=8_000, ge=0)
@@ -42,7 +42,7 @@ class DemoConfig(BaseModel):
     say: int = Field(default=2_000, ge=0)
     say_seen: int = Field(default=2_000, ge=0)
     draw_heard: int = Field(default=3_000, ge=0)
-    clips_per_voice: int = Field(default=2, ge=1, description="recordings of each name by each training voice")
+    clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
 
 
 class _Studio:
