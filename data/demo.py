@@ -6,6 +6,7 @@ Two fresh processes write their own shards in a fixed order, so the bytes do not
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -107,7 +108,11 @@ def _said(rng) -> str:
 
 def _caption_pair(rng) -> list:
     scene = random_scene(rng)
-    return [scene, tasks.caption_long(scene) if rng.random() < 0.65 else tasks.caption_short(scene)]
+    if rng.random() < 0.65:
+        # In random order the place that follows a name must be looked up in the picture; in reading order it need not.
+        order = rng.permutation(len(scene.objects))
+        return [scene, tasks.caption_long(replace(scene, objects=tuple(scene.objects[k] for k in order)))]
+    return [scene, tasks.caption_short(scene)]
 
 
 def _narrated_pair(rng) -> list:
