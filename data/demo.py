@@ -109,7 +109,7 @@ def _said(rng) -> str:
 def _caption_pair(rng) -> list:
     scene = random_scene(rng)
     if rng.random() < 0.65:
-        # In random order the place that follows a name must be looked up in the picture; in reading order it need not.
+        # In random order a place does not follow from what was said before.
         order = rng.permutation(len(scene.objects))
         return [scene, tasks.caption_long(replace(scene, objects=tuple(scene.objects[k] for k in order)))]
     return [scene, tasks.caption_short(scene)]
