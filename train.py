@@ -21,6 +21,7 @@ from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import provenance
 from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
+from onevocab.data.curriculum import Curriculum, Lesson
 from onevocab.data.demo import write_demo
 from onevocab.data.loader import PackedLoader
 from onevocab.data.shards import list_shards
@@ -252,11 +253,17 @@ class Run:
 
     def train_stage(self, name: str, settings: LanguageStage, init_from: str | None) -> None:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
-        sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in settings.sources]
-        loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
-                              self.config.seed)
-        if self.main:
-            print(f"{name}: {loader.summary()}", file=sys.stderr)
+
+        def read(sources) -> PackedLoader:
+            sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in sources]
+            loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
+                                  self.config.seed)
+            if self.main:
+                print(f"{name}: {loader.summary()}", file=sys.stderr)
+            return loader
+
+        lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
+        loader = Curriculum(read(settings.sources), lessons)
         decoder = Decoder(self.config.model, tokenizers.vocab.size).to(self.device)
         if init_from:
             steps = checkpoint.list_steps(self.folder / init_from)
