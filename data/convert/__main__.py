@@ -1,0 +1,52 @@
+"""`python -m onevocab.data.convert FORMAT INPUT --out SHARDS`: a published data set -> shards.
+
+Under torchrun each rank converts its own parts of the input. Prints what was kept and dropped, and why; the same is in
+`report.json` beside the shards. `... FORMAT --help` lists a format's options.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from onevocab.common.errors import UserError, cli
+from onevocab.data.convert.formats import FORMATS
+from onevocab.data.convert.options import OPTIONS, positive
+from onevocab.data.convert.writing import convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m onevocab.data.convert", description=__doc__.split("\n\n")[0])
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
+    for name, chosen in FORMATS.items():
+        one = formats.add_parser(name, help=chosen.help, description=chosen.help)
+        one.add_argument("input", type=Path, help="the published file, or a folder of such files")
+        one.add_argument("--out", type=Path, required=True, help="folder for the shards")
+        one.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in that folder")
+        one.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
+        one.add_argument("--parts", type=positive, metavar="N",
+                         help="split each file of the input into N parts (default: as few as give every rank one)")
+        for option in chosen.options:
+            one.add_argument(f"--{option.replace('_', '-')}", dest=option, **OPTIONS[option])
+    return parser
+
+
+def _number(variable: str, default: int) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal():
+        raise UserError(f"the environment's {variable} is {value!r}, not a number; start with torchrun, or unset it")
+    return int(value)
+
+
+@cli
+def main(argv: list[str] | None = None) -> None:
+    args = vars(_parser().parse_args(argv))
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if rank >= world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: set both, or neither")
+    report = convert(args.pop("format"), args.pop("input"), args.pop("out"), rank, world, **args)
+    for line in report.lines():
+        print(line if world == 1 else f"rank {rank}: {line}")
+
+
+if __name__ == "__main__":
+    main()

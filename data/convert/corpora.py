@@ -1,0 +1,65 @@
+"""Plain text: .txt by file, paragraph or line, and JSON lines with a text in a field."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from onevocab.data.convert import tables
+from onevocab.data.convert.samples import Draft, Dropped, Format, Row, field_of, text_of
+
+MAX_TEXT = 64 << 20  # bytes of one document
+_CUTS = ("\n\n", "\n", ". ", " ")
+
+
+def pieces(text: str, limit: int | None) -> Iterator[str]:
+    """Cuts what is longer than `limit` characters, in its second half at an empty line, else at the end of a line, of a
+    sentence, of a word."""
+    start = 0
+    while limit and len(text) - start > limit:
+        half, whole = start + limit // 2, start + limit
+        cut = next((at + len(mark) for mark in _CUTS if (at := text.rfind(mark, half, whole)) >= 0), whole)
+        yield text[start:cut].strip()
+        start = cut
+    yield text[start:].strip()
+
+
+def _rows(options, unit: Path) -> Iterator[Row]:
+    if tables.kind_of(unit) != ".txt":
+        yield from tables.rows(unit)
+        return
+    for number, text in enumerate(_texts(options.by, unit)):
+        yield f"{unit.name}#{number}", text
+
+
+def _texts(by: str, path: Path) -> Iterator[str | Dropped]:
+    held, size = [], 0
+    for line in tables.lines(path, empty=True):
+        if by == "line" or (by == "paragraph" and not line.strip()):
+            held.append(line)
+            yield from _text(held, size)
+            held, size = [], 0
+        else:
+            size += len(line)
+            if size <= MAX_TEXT:
+                held.append(line)
+    yield from _text(held, size)
+
+
+def _text(lines: list[bytes], size: int) -> Iterator[str | Dropped]:
+    """What is not UTF-8 is kept as what no encoding takes, so that only this document is dropped."""
+    text = b"".join(lines).decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+    if size > MAX_TEXT:
+        yield Dropped("too large", f"a text of {size:,} bytes, {MAX_TEXT:,} are allowed")
+    elif text:
+        yield text
+
+
+def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
+    text = record if isinstance(record, str) else text_of(field_of(record, options.map.get("text", "text")))
+    for piece in pieces(text, options.max_chars):
+        yield Draft([(None, [piece])]) if piece else Dropped("empty text")
+
+
+FORMATS = {
+    "text": Format("plain text: .txt, or JSON lines with a field of text, also compressed",
+                   tables.units_of(".txt", *tables.LINES), _rows, _make, ("by", "max_chars", "map"), ("text",)),
+}

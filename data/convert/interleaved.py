@@ -1,0 +1,68 @@
+"""Web pages as plain documents of texts and pictures in the order of the page: MMC4 and OBELICS."""
+
+from collections.abc import Iterator
+
+from onevocab.data.convert import tables
+from onevocab.data.convert.samples import Draft, Dropped, Format, Part, field_of, list_of, text_of
+
+
+def _document(found: list[str | list[Part]], left_out: list[Dropped], space: str) -> Iterator[Draft]:
+    """Texts and media in order -> a document; `space` joins texts that follow each other. Raises Dropped when no medium
+    is left: a page is here for its pictures."""
+    parts: list[Part] = []
+    for item in found:
+        if not isinstance(item, str):
+            parts += item
+        elif item and parts and isinstance(parts[-1], str):
+            parts[-1] += space + item
+        elif item:
+            parts.append(item)
+    if all(isinstance(part, str) for part in parts):
+        raise left_out[0] if left_out else Dropped("missing media", "a page without pictures")
+    yield Draft([(None, parts)], left_out)
+
+
+def _take(options, value, left_out: list[Dropped]) -> list[Part]:
+    """A picture of a page, [] where the page has to do without."""
+    try:
+        return options.media.take(value)
+    except Dropped as dropped:
+        left_out.append(dropped)
+        return []
+
+
+def _mmc4(options, name: str, record) -> Iterator[Draft]:
+    """A picture stands before the sentence that it was matched with."""
+    sentences = list_of(field_of(record, "text_list"))
+    before: dict[int, list] = {}
+    left_out: list[Dropped] = []
+    for picture in list_of(field_of(record, "image_info")):
+        place = field_of(picture, "matched_text_index")
+        if type(place) is not int or not 0 <= place < len(sentences):
+            left_out.append(Dropped("bad record", f"matched_text_index {place!r}"))
+        else:
+            before.setdefault(place, []).append(_take(options, field_of(picture, "image_name"), left_out))
+    found: list = []
+    for i, sentence in enumerate(sentences):
+        found += [*before.get(i, []), text_of(sentence)]
+    return _document(found, left_out, " ")
+
+
+def _obelics(options, name: str, record) -> Iterator[Draft]:
+    """`images` and `texts` have one length; of each place one holds something. Pictures are URLs, or files."""
+    pictures, texts = list_of(field_of(record, "images")), list_of(field_of(record, "texts"))
+    if len(pictures) != len(texts):
+        raise Dropped("bad record", f"{len(pictures)} images and {len(texts)} texts")
+    left_out: list[Dropped] = []
+    found: list = []
+    for picture, text in zip(pictures, texts, strict=True):
+        found += [[] if picture is None else _take(options, picture, left_out), text_of(text)]
+    return _document(found, left_out, "\n\n")
+
+
+FORMATS = {
+    "mmc4": Format("JSON lines of text_list and image_info (also zipped), pictures by image_name below --media",
+                   tables.units_of(*tables.LINES), tables.rows_of, _mmc4),
+    "obelics": Format("parquet or JSON lines of images and texts; of a picture's URL the end below --media",
+                      tables.units_of(*tables.LINES, *tables.COLUMNS), tables.rows_of, _obelics),
+}

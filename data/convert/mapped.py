@@ -1,0 +1,109 @@
+"""Records whose fields the user names (`--map instruction=question`), and Hugging Face's `datasets` folders, where the
+columns say what they hold."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from onevocab.common.errors import UserError
+from onevocab.data.convert import tables
+from onevocab.data.convert.conversations import conversation
+from onevocab.data.convert.samples import Draft, Dropped, Format, Row, field_of, list_of, pairs, text_of
+
+MEDIA = ("image", "audio", "video")
+ROLES = (*MEDIA, "conversations", "system", "instruction", "input", "response", "text")
+# What publishers call the columns of texts, by role.
+CALLED = {"conversations": ("conversations", "messages", "conversation"),
+          "instruction": ("instruction", "question", "query", "prompt"), "input": ("input",),
+          "response": ("response", "answer", "answers", "output"),
+          "text": ("text", "caption", "captions", "sentence", "transcription", "transcript", "description")}
+
+
+def _sample(options, roles: dict[str, str], record) -> Iterator[Draft | Dropped]:
+    """A conversation where roles name conversations or a response, else a plain document for each text."""
+    media = {kind: [options.media.take(file) for file in list_of(field_of(record, roles[kind])) if file]
+             for kind in MEDIA if kind in roles}
+    if "conversations" in roles:
+        return iter([Draft(conversation(field_of(record, roles["conversations"]), media))])
+    if "response" in roles:
+        asked = "\n".join(filter(None, (_text(record, roles.get(role)) for role in ("instruction", "input"))))
+        said = [{"from": "system", "value": _text(record, roles.get("system"))}, {"from": "human", "value": asked},
+                {"from": "gpt", "value": _text(record, roles["response"])}]
+        return iter([Draft(conversation(said, media))])
+    parts = [part for files in media.values() for file in files for part in file]
+    if media and not parts:
+        raise Dropped("missing media", "no file is named")
+    return pairs(lambda: parts, list_of(field_of(record, roles["text"])))
+
+
+def _text(record, field: str | None) -> str:
+    """The field's text, of a list the first that is not empty."""
+    values = list_of(field_of(record, field)) if field else []
+    return next(filter(None, map(text_of, values)), "")
+
+
+# ------------------------------------------------------------------------------------------------ by the user
+
+
+def _units(options) -> list[Path]:
+    if not {"conversations", "response", "text"} & set(options.map):
+        raise UserError("say by --map which field holds the conversations, the response, or the text: "
+                        "--map instruction=question --map response=answer --map image=file")
+    return tables.files_of(options.source)
+
+
+def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
+    return _sample(options, options.map, record)
+
+
+# ------------------------------------------------------------------------------------------------ by the columns
+
+
+def _folder_units(options) -> list[Path]:
+    """The files of all splits, or of one: `train-00000-of-00002.parquet`, `train/data-00000-of-00001.arrow`."""
+    found = [path for path in tables.files_of(options.source, tables.COLUMNS) if not path.name.startswith("cache-")]
+    if options.split:
+        found = [path for path in found if options.split in (path.name.partition("-")[0], path.stem, path.parent.name)]
+    if options.split and not found:
+        raise UserError(f"{options.source} has no split {options.split}")
+    return found
+
+
+def guess(names: list[str], files: list[str], given: dict[str, str]) -> dict[str, str]:
+    """Roles of a table's columns; files: those that hold media; given: roles that the user named, which come first.
+    Raises UserError when it is not clear."""
+    roles, ask = dict(given), f"the columns are {', '.join(names)}: say by --map ROLE=COLUMN, as --map image=COLUMN"
+    if not set(MEDIA) & set(given):
+        for name in files:
+            kind = next((kind for kind in ("audio", "video") if kind in name.lower()), "image")
+            if kind in roles:
+                raise UserError(f"{roles[kind]} and {name} both hold media; {ask}")
+            roles[kind] = name
+    if not set(CALLED) & set(given):
+        called = {role: next((name for name in choices if name in names and name not in files), None)
+                  for role, choices in CALLED.items()}
+        wanted = (("conversations",), ("instruction", "response"), ("text",))
+        chosen = next((group for group in wanted if all(called[role] for role in group)), None)
+        if chosen is None:
+            raise UserError(f"no column of texts that is known by its name; {ask} --map text=COLUMN")
+        chosen += ("input",) if "response" in chosen and called["input"] else ()
+        roles |= {role: called[role] for role in chosen}
+    elif not {"conversations", "response", "text"} & set(roles):
+        raise UserError(f"--map names no response, conversations or text; {ask}")
+    return roles
+
+
+def _folder_rows(options, unit: Path) -> Iterator[Row]:
+    roles = guess(*tables.column_names(unit), options.map)
+    return ((name, (roles, record)) for name, record in tables.rows(unit))
+
+
+def _folder_make(options, name: str, row) -> Iterator[Draft | Dropped]:
+    return _sample(options, *row)
+
+
+FORMATS = {
+    "huggingface": Format("a folder of parquet or arrow files of `datasets`, media in the columns", _folder_units,
+                          _folder_rows, _folder_make, ("media", "split", "map", "frames"), ROLES),
+    "map": Format("any table, its fields named by --map", _units, tables.rows_of, _make,
+                  ("media", "map", "frames"), ROLES),
+}

@@ -1,0 +1,188 @@
+"""Pictures, sounds and videos that records name or hold: found below one folder, checked, taken as they are.
+
+A record is a stranger's: the path in it may only select a file below the folder of media, and what a file claims to
+be is compared with its first bytes before it is decoded. Only what shards do not take (GIF, BMP, MP3, Ogg, videos) is
+encoded again.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from onevocab.common.errors import UserError
+from onevocab.data.convert.samples import Dropped, Medium, Part
+from onevocab.data.documents import AUDIO_ENDINGS, IMAGE_ENDINGS, UNDECODABLE
+from onevocab.data.shards import MAX_MEMBER
+from onevocab.tokenizers.media import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    encode_audio,
+    encode_png,
+    load_audio,
+    load_image,
+)
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
+_SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"),
+               (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"BM", "bmp"))
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def suffix_of(name: str) -> str:
+    """".png" of a path, lower-case, "" without one."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_medium(name: str) -> bool:
+    """Whether this name's ending is one of a picture, a sound or a video."""
+    return suffix_of(name) in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
+
+
+def kind_of(content: bytes) -> str | None:
+    """"png", "jpg", "flac", ... by a file's first bytes, None when they are unknown."""
+    for start, signature, kind in _SIGNATURES:
+        if content[start : start + len(signature)] == signature:
+            return kind
+    # An MP3 without tags starts with a frame: eleven bits that are set.
+    return "mp3" if len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0 else None
+
+
+def _check_suffix(name: str) -> None:
+    if suffix_of(name) and not is_medium(name):
+        raise Dropped("unknown ending", name)
+
+
+def check(content: bytes, name: str) -> Medium:
+    """The bytes of a picture or a sound, decoded once to be sure. name: its path, whose ending says what it should be;
+    without one the bytes decide. Raises Dropped."""
+    _check_suffix(name)
+    if len(content) > MAX_MEMBER:
+        raise Dropped("too large", f"{name} has {len(content):,} bytes, {MAX_MEMBER:,} are allowed")
+    kind, suffix = kind_of(content), suffix_of(name)
+    if kind is None:
+        what = "is empty" if not content else "is no picture or sound of a known kind"
+        raise Dropped("unreadable media", f"{name} {what}")
+    modality = "image" if f".{kind}" in IMAGE_SUFFIXES else "audio"
+    if suffix and suffix not in (IMAGE_SUFFIXES if modality == "image" else AUDIO_SUFFIXES):
+        raise Dropped("wrong ending", f"{name} holds {kind}")
+    try:
+        if modality == "image":
+            picture = load_image(content)
+            return (Medium("image", kind, content) if kind in IMAGE_ENDINGS
+                    else Medium("image", "png", encode_png(picture), True))
+        samples, rate = load_audio(content)
+        return (Medium("audio", kind, content) if kind in AUDIO_ENDINGS
+                else Medium("audio", "flac", encode_audio(samples, rate), True))
+    except UNDECODABLE as error:
+        raise Dropped("unreadable media", f"{name}: {error}") from None
+
+
+class MediaFolder:
+    """The folder below which records' files lie. frames: at most so many of a video. Raises UserError when there is no
+    such folder."""
+
+    def __init__(self, root, frames: int = 8):
+        if not Path(root).is_dir():
+            raise UserError(f"no folder of media at {root}: give the one that the records' paths start from by --media")
+        self.root, self.frames = Path(root).resolve(), frames
+
+    def find(self, name: str) -> Path:
+        """A record's path -> the file. Raises Dropped.
+
+        A relative path starts at the folder. Of an absolute one, or a URL, the longest tail that exists below the
+        folder is taken. A path with `..`, or a link that leads out of the folder, is refused.
+        """
+        steps = [step for step in re.split(r"[/\\]+", name) if step not in ("", ".")]
+        if ".." in steps:
+            raise Dropped("unsafe path", name)
+        for start in range(len(steps) if _ABSOLUTE.match(name) else 1):
+            path = self.root.joinpath(*steps[start:])
+            if os.path.isfile(path):
+                if not path.resolve().is_relative_to(self.root):
+                    raise Dropped("unsafe path", f"{name} is a link that leads out of the folder of media")
+                return path
+        raise Dropped("missing media", f"no {name} below {self.root}")
+
+    def parts(self, *names: str) -> list[Part]:
+        """The first of these files that is there, checked: a picture or a sound as one part, a video as its frames,
+        sound and subtitles. Raises Dropped."""
+        for i, name in enumerate(names):
+            try:
+                _check_suffix(name)
+                return self._read(self.find(name), name)
+            except Dropped as dropped:
+                if dropped.reason != "missing media" or i + 1 == len(names):
+                    raise
+        raise Dropped("missing media", "no file is named")
+
+    def _read(self, path: Path, name: str) -> list[Part]:
+        if suffix_of(name) in VIDEO_SUFFIXES:
+            return _video(path, name, self.frames)
+        try:
+            size = path.stat().st_size
+            if size > MAX_MEMBER:
+                raise Dropped("too large", f"{name} has {size:,} bytes, {MAX_MEMBER:,} are allowed")
+            content = path.read_bytes()
+        except OSError as error:
+            raise Dropped("unreadable media", f"{name}: {error.strerror}") from None
+        return [check(content, name)]
+
+    def take(self, value) -> list[Part]:
+        """What a record holds where a medium stands: a path, a URL of a file that was fetched, a `data:` URL, bytes, or
+        `{bytes, path}` as `datasets` stores them. Raises Dropped."""
+        if isinstance(value, dict):
+            path = value.get("path")
+            path = path if isinstance(path, str) else ""
+            if isinstance(value.get("bytes"), bytes):
+                return [check(value["bytes"], path)]
+            value = path
+        if isinstance(value, bytes):
+            return [check(value, "")]
+        if not isinstance(value, str) or not value.strip():
+            raise Dropped("missing media", "no path and no bytes")
+        if value.startswith("data:"):
+            return [check(from_base64(value), "")]
+        if "://" in value:
+            value = re.split(r"[?#]", value, maxsplit=1)[0]
+        return self.parts(value.strip())
+
+
+def from_base64(text: str) -> bytes:
+    """Base64, of the alphabet for URLs too, with or without `data:image/png;base64,` before it. Raises Dropped."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    if len(text) > MAX_MEMBER * 4 // 3 + 4:
+        raise Dropped("too large", f"{len(text):,} letters of base64")
+    try:
+        text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Dropped("unreadable media", f"not base64 ({error})") from None
+
+
+def _video(path: Path, name: str, frames: int) -> list[Part]:
+    from onevocab.data.video import frames_and_sound
+
+    try:
+        found = frames_and_sound(path, max_frames=frames)
+    except UNDECODABLE as error:
+        if isinstance(error.__context__, ImportError):
+            raise  # no fault of this file's: without the package that reads them, all would be dropped
+        raise Dropped("unreadable media", f"{name}: {error}") from None
+    return [_encoded(part) for part in found]
+
+
+def _encoded(part) -> Part:
+    """A text, a frame or a piece of sound of a video. Frames become JPEG: what they come from was lossy too."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Image.Image):
+        buffer = io.BytesIO()
+        part.save(buffer, "JPEG", quality=95)
+        return Medium("image", "jpg", buffer.getvalue(), True)
+    return Medium("audio", "flac", encode_audio(*part), True)

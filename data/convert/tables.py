@@ -1,0 +1,221 @@
+"""Records of published files: JSON, JSON lines, CSV, TSV, and columns (parquet, arrow) through pyarrow.
+
+Lines may be compressed (`.gz`, `.zip`). A record that cannot be read takes the place of a record as a `Dropped`, so
+that the others of its file are read; a file that is damaged raises one.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from onevocab.common.errors import UserError
+from onevocab.data.convert.samples import Dropped, Row
+
+MAX_LINE = 64 << 20  # bytes
+BATCH = 64  # rows of columns in memory at once: a row may hold pictures
+LINES, COLUMNS = (".jsonl", ".ndjson"), (".parquet", ".arrow")
+TABLES = (".json", *LINES, ".csv", ".tsv", *COLUMNS)
+_DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
+
+
+def kind_of(path: Path) -> str:
+    """".jsonl" of `a.jsonl` and `a.jsonl.gz`. Compressed `.json` is taken for lines, as C4 is published."""
+    name = Path(path.name.lower())
+    inner = Path(name.stem).suffix
+    if name.suffix in (".gz", ".zip") and inner in (".txt", ".csv", ".tsv", ".json", *LINES):
+        return ".jsonl" if inner == ".json" else inner
+    return name.suffix
+
+
+def files_of(source: Path, kinds: tuple[str, ...] = TABLES, pattern: str = "*") -> list[Path]:
+    """A file, or those of a folder and the folders in it, in a fixed order. Raises UserError when there is none."""
+    if source.is_file():
+        if kind_of(source) not in kinds:
+            raise UserError(f"{source}: this format reads {' '.join(kinds)}")
+        return [source]
+    if not source.exists():
+        raise UserError(f"no such file or folder: {source}; check the path")
+    found = sorted(path for path in source.rglob(pattern)
+                   if kind_of(path) in kinds and path.is_file() and not path.name.startswith("."))
+    if not found:
+        raise UserError(f"{source} holds no file that this format reads ({pattern} ending in {' '.join(kinds)})")
+    return found
+
+
+@lru_cache(maxsize=2)
+def document(path: Path):
+    """A whole JSON file. The last two are kept, since a file may be read in several parts. Raises Dropped."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise Dropped("damaged input", f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Dropped("damaged input", f"{path.name} is not valid JSON ({error}); if each line is a "
+                      "record, call it .jsonl") from None
+
+
+def objects(path: Path, key: str) -> list[dict]:
+    """The list of objects under a key of a JSON file; what is no object becomes an empty one. Raises Dropped."""
+    value = document(path)
+    value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, list):
+        raise Dropped("damaged input", f"{path.name} has no list {key!r}")
+    return [item if isinstance(item, dict) else {} for item in value]
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The records of any of TABLES: (`name#number`, record). Raises Dropped when the file is damaged."""
+    kind = kind_of(path)
+    if kind == ".json":
+        value = document(path)
+        if not isinstance(value, list):
+            raise Dropped("damaged input", f"{path.name} is not a list of records")
+        found = iter(value)
+    elif kind in LINES:
+        found = map(record_of, lines(path))
+    elif kind in COLUMNS:
+        found = columns(path)
+    else:
+        found = _cells(path, "\t" if kind == ".tsv" else ",")
+    return ((f"{path.name}#{number}", record) for number, record in enumerate(found))
+
+
+def units_of(*kinds: str) -> Callable[..., list[Path]]:
+    """A format's `units`: the input, or the files of these kinds in it."""
+    return lambda options: files_of(options.source, kinds)
+
+
+def rows_of(options, unit: Path) -> Iterator[Row]:
+    """A format's `rows`: the records as they are."""
+    return rows(unit)
+
+
+def record_of(line: bytes):
+    """JSON -> value, or the Dropped that says why not."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Dropped("bad record", f"not valid JSON ({error})")
+
+
+def lines(path: Path, empty: bool = False) -> Iterator[bytes]:
+    """The lines, those that hold something unless `empty`. Raises Dropped when the file is damaged, or a line is longer
+    than MAX_LINE."""
+    try:
+        for file in _streams(path):
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise Dropped("damaged input", f"{path.name} has a line of more than {MAX_LINE:,} bytes")
+                if empty or line.strip():
+                    yield line
+    except _DAMAGED as error:
+        raise Dropped("damaged input", f"{path.name}: {error}") from None
+
+
+def _streams(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The file, unpacked while it is read; of an archive each member, in the order of their names."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:
+            yield file
+    elif path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                if not name.endswith("/"):
+                    with archive.open(name) as file:
+                        yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
+    """Rows below a header, as dicts. In TSV a quotation mark is a character like any other, as in Common Voice's."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    try:
+        for file in _streams(path):
+            # What is not UTF-8 stays in the text as what no encoding takes: that record is dropped, the others are not.
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            cut = iter(lambda text=text: text.readline(MAX_LINE), "")  # a file without an end of line is no bomb
+            reader = csv.DictReader(cut, delimiter=delimiter, quoting=quoting)
+            while True:
+                try:
+                    row = next(reader)
+                except StopIteration:
+                    break
+                except csv.Error as error:
+                    yield Dropped("bad record", str(error))
+                    continue
+                yield Dropped("bad record", "more cells than the header names") if None in row else row
+    except _DAMAGED as error:
+        raise Dropped("damaged input", f"{path.name}: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------ columns
+
+
+def _pyarrow():
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+        import pyarrow.types
+    except ImportError as error:
+        raise UserError(f"parquet and arrow files need pyarrow ({error}); run `pip install 'onevocab[convert]'` "
+                        "(from a clone: pip install -e '.[convert]')") from None
+    return pyarrow
+
+
+@contextmanager
+def _open_columns(pyarrow, path: Path):
+    """(schema, its batches) of a parquet file, or of an arrow file or stream (`save_to_disk` writes streams)."""
+    if kind_of(path) == ".parquet":
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file.schema_arrow, file.iter_batches(batch_size=BATCH)
+    else:
+        with pyarrow.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":
+                reader = pyarrow.ipc.open_file(source)
+                yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                source.seek(0)
+                reader = pyarrow.ipc.open_stream(source)
+                yield reader.schema, reader
+
+
+def columns(path: Path) -> Iterator[dict]:
+    """The rows of a parquet or arrow file, a few at a time. Raises Dropped when it is damaged, UserError without
+    pyarrow."""
+    pyarrow = _pyarrow()
+    try:
+        with _open_columns(pyarrow, path) as (_, batches):
+            for batch in batches:
+                batch.validate(full=True)  # arrow believes a file's offsets, and this one is a stranger's
+                for start in range(0, batch.num_rows, BATCH):
+                    yield from batch.slice(start, BATCH).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise Dropped("damaged input", f"{path.name}: {error}") from None
+
+
+def column_names(path: Path) -> tuple[list[str], list[str]]:
+    """(all columns, those that hold files: bytes, or `{bytes, path}` as `datasets` stores them, or lists of these).
+    Raises as `columns` does."""
+    pyarrow = _pyarrow()
+    try:
+        with _open_columns(pyarrow, path) as (schema, _):
+            return schema.names, [field.name for field in schema if _holds_files(pyarrow.types, field.type)]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise Dropped("damaged input", f"{path.name}: {error}") from None
+
+
+def _holds_files(types, kind) -> bool:
+    while types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    if types.is_struct(kind):
+        return {"bytes", "path"} <= {field.name for field in kind}
+    return types.is_binary(kind) or types.is_large_binary(kind)

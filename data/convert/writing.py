@@ -1,0 +1,120 @@
+"""Writes the samples of any format as shards: the one place that counts, drops duplicates and splits the work.
+
+The records of the input are split into parts; part n becomes the shards `FORMAT-n-*.tar`, whoever writes it. So ranks
+share nothing but the output folder, and the same parts give the same bytes for any number of ranks.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onevocab.common.errors import UserError
+from onevocab.data.convert import tables
+from onevocab.data.convert.formats import FORMATS
+from onevocab.data.convert.options import options_of
+from onevocab.data.convert.report import Report, claim, finish, release
+from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, members_of, printable
+from onevocab.data.documents import modality_of_ending
+from onevocab.data.shards import ShardWriter
+
+BLOCK = 50  # neighbouring records that stay together when a file is split into parts
+
+
+def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | None = None,
+            samples_per_shard: int = 1000, overwrite: bool = False, progress: bool = True, **given) -> Report:
+    """Converts `source`, a file or folder of the format `name`, into shards in the folder `out`.
+
+    rank, world: this process does every `world`-th part, from the `rank`-th on; parts: how many each file of the input
+    is split into (default: as few as give every rank one; the result depends on it); given: the format's options, see
+    options.OPTIONS. Duplicates are found within a part. Returns the report of this rank, of all when it is the last.
+    Raises UserError on a wrong option or path, on a folder that is not empty, and when nothing was kept.
+    """
+    if name not in FORMATS:
+        raise UserError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
+    chosen, out = FORMATS[name], Path(out)
+    options = options_of(name, chosen, source, given)
+    if options.source.is_dir() and out.resolve().is_relative_to(options.source.resolve()):
+        raise UserError(f"{out} lies in the input: choose a folder outside of it for the shards")
+    units = chosen.units(options)
+    if not units:
+        raise UserError(f"{source} holds no file of the format {name}")
+    split = parts or -(-world // len(units))
+    todo = [(unit, turn) for unit in units for turn in range(split)]
+    report = Report(name, printable(str(source)))
+    claim(out, rank, world, overwrite)
+    try:
+        with tqdm(desc=name, unit=" samples", disable=not progress or rank != 0) as bar:
+            for number in range(rank, len(todo), world):
+                prefix = f"{name}-{number:05d}"
+                with ShardWriter(out, prefix, samples_per_shard) as writer:
+                    _write(writer, prefix, _drafts(chosen, options, *todo[number], split), report, bar)
+                report.shards += [path.name for path in writer.shards]
+    except BaseException:
+        release(out, rank, world)
+        raise
+    finally:
+        tables.document.cache_clear()
+    return finish(report, out, rank, world) or report
+
+
+def _drafts(chosen: Format, options, unit: Path, turn: int, split: int) -> Iterator[tuple[str, Draft | Dropped]]:
+    """What a file's blocks of records number turn, turn + split, ... become."""
+    try:
+        for number, (name, record) in enumerate(chosen.rows(options, unit)):
+            if number // BLOCK % split != turn:
+                continue
+            if isinstance(record, Dropped):
+                yield name, record
+                continue
+            try:
+                for made in chosen.make(options, name, record):
+                    yield name, made
+            except Dropped as dropped:
+                yield name, dropped
+    except Dropped as dropped:  # the file cannot be read any further; every part of it sees that, one counts it
+        if turn == 0:
+            yield unit.name, dropped
+
+
+def _write(writer: ShardWriter, prefix: str, drafts: Iterator[tuple[str, Draft | Dropped]], report: Report,
+           bar: tqdm) -> None:
+    seen: dict[bytes, str] = {}
+    for name, made in drafts:
+        bar.update()
+        try:
+            if isinstance(made, Dropped):
+                raise made
+            members, digest = members_of(made, name), _digest(made)
+            if digest in seen:
+                raise Dropped("duplicate", f"the same as {seen[digest]}")
+        except Dropped as dropped:
+            report.add(report.dropped, name, dropped)
+            continue
+        writer.write(f"{prefix}-{len(seen):06d}", members)
+        seen[digest] = name
+        _count(report, name, made, members)
+
+
+def _digest(made: Draft) -> bytes:
+    """Of all that a sample says and shows: equal for duplicates."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, (role, parts) in enumerate(made.turns):
+        for part in parts:
+            kind, content = ("text", part.encode()) if isinstance(part, str) else (part.modality, part.content)
+            digest.update(f"{number} {role} {kind} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.digest()
+
+
+def _count(report: Report, name: str, made: Draft, members: dict[str, bytes]) -> None:
+    report.samples += 1
+    for ending, content in members.items():
+        report.bytes += len(content)
+        if modality := modality_of_ending(ending):
+            report.media[modality] = report.media.get(modality, 0) + 1
+    report.reencoded += len({part.content for _, parts in made.turns for part in parts
+                             if isinstance(part, Medium) and part.reencoded})
+    for dropped in made.left_out:
+        report.add(report.left_out, name, dropped)
