@@ -257,7 +257,7 @@ class Run:
         def read(sources) -> PackedLoader:
             sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
-                                  self.config.seed)
+                                  self.config.seed, self.folder / "documents")
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
             return loader

@@ -1,8 +1,11 @@
 """Files that are either whole or absent, and hashes that say what is in them."""
 
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from onevocab.common.errors import UserError
@@ -21,6 +24,14 @@ def write_atomic(path, content: bytes | str) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path) -> Iterator[None]:
+    """One process at a time holds the file `path`; the lock goes with its process, however that ends."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sha256_file(path) -> str:

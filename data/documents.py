@@ -37,8 +37,8 @@ class BadSamples:
     def __init__(self, max_fraction: float):
         self.max_fraction, self.seen, self.bad, self.first = max_fraction, 0, 0, []
 
-    def good(self) -> None:
-        self.seen += 1
+    def good(self, samples: int = 1) -> None:
+        self.seen += samples
 
     def add(self, bad: BadSample) -> None:
         """Raises UserError as soon as the rate cannot be met by the first thousand samples any more."""

@@ -5,10 +5,8 @@ positions are packed into rows, the rows of a window are permuted, and steps tak
 slices of a step, so every world size sees the same global sequence, and the loader's state is three small numbers.
 """
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
-from onevocab.data.documents import BadSample, BadSamples, document_of
+from onevocab.data.documents import BadSamples
 from onevocab.data.packing import pack
-from onevocab.data.shards import Sample, list_shards, read_shard
+from onevocab.data.shards import list_shards
+from onevocab.data.store import DROPPABLE, LOSS, DocumentStore
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.document import Document, Segment, encode_document
-from onevocab.tokenizers.vocab import Vocabulary
 
-LOSS, DROPPABLE = 1, 2  # flags of a stored token
 ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, one use each
 
 
@@ -97,68 +93,17 @@ def _permutation(n: int, seed: int, stream: int, a: int = 0, b: int = 0) -> np.n
     return np.argsort(_raw(n, seed, stream, a, b), kind="stable")
 
 
-class _Store:
-    """Encoded documents, flat. Document d is `tokens[offset[d]:offset[d + 1]]` (int32) with `flags` (uint8) beside it.
-
-    split: for a pair, where its second part starts, else 0; text_second: the pair's text is its second part;
-    has_text: the pair has one; drop: how many tokens a dropped caption takes away. A bad sample is an empty document.
-    """
-
-    def __init__(self):
-        self._pending, self._pooled = [], []
-
-    def add(self, ids: np.ndarray, flags: np.ndarray, split=0, text_second=False, has_text=False) -> None:
-        drop = int(np.count_nonzero(flags & DROPPABLE))
-        self._pending.append((ids, flags, (len(ids), split, text_second, has_text, drop)))
-
-    def add_empty(self) -> None:
-        self.add(np.empty(0, np.int32), np.empty(0, np.uint8))
-
-    def pool(self) -> None:
-        """Joins what came since the last call: one array costs 5 bytes a token, many small ones 200 bytes each."""
-        if self._pending:
-            tokens, flags, meta = zip(*self._pending, strict=True)
-            self._pooled.append((np.concatenate(tokens), np.concatenate(flags), np.array(meta, np.int32)))
-            self._pending = []
-
-    def freeze(self) -> None:
-        pooled = zip(*self._pooled, strict=True)
-        self._pooled = []
-        self.tokens, self.flags, meta = (np.concatenate(parts) for parts in pooled)
-        self.length, self.split, self.drop = meta[:, 0].astype(np.int64), meta[:, 1], meta[:, 4]
-        self.text_second, self.has_text = meta[:, 2].astype(bool), meta[:, 3].astype(bool)
-        self.offset = np.concatenate([[0], np.cumsum(self.length)])
-
-
-def _droppable(ids: np.ndarray, vocab: Vocabulary, pair: bool) -> np.ndarray:
-    """Which tokens of a document guidance may drop, bool (n,).
-
-    In a pair of text and picture the text; in a conversation the user's text right before an answer with a picture.
-    """
-    image = vocab.spans.get("image")
-    pictures = ids == image.begin if image else np.zeros(len(ids), bool)
-    if not pictures.any():
-        return pictures
-    text = ids < vocab.text_size
-    if pair:
-        return text
-    opens = (ids == vocab.user) | (ids == vocab.assistant) | (ids == vocab.system)
-    turn, roles = np.cumsum(opens), np.append(vocab.document, ids[opens])
-    drawn = np.bincount(turn, weights=pictures) > 0
-    drawn = np.append(drawn[1:] & (roles[1:] == vocab.assistant), False)  # the turn after this one is a drawing
-    return text & (drawn & (roles == vocab.user))[turn]
-
-
 class PackedLoader:
     """Yields `Batch` for ever, epoch after epoch; `state_dict()` says what was consumed.
 
-    sources: one or several of `Source`, or paths; each a folder, glob or shard of codes (of raw media too, encoded
-    while reading: slow). All documents are read at the start: 5 bytes a token. Raises UserError when there are no
-    usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
+    sources: one or several of `Source`, or paths; each a folder, glob or shard of codes, or of raw media, which are
+    encoded here (slowly). keep: a folder for encoded documents, which are then read from there (see data/store.py);
+    without it they are encoded at every start and stay in memory. Raises UserError when there are no usable samples,
+    too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
     """
 
     def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
-                 world: int = 1, seed: int = 0):
+                 world: int = 1, seed: int = 0, keep: Path | None = None):
         self.config = config = config or LoaderConfig()
         self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
         if config.rows_per_step % world:
@@ -167,8 +112,8 @@ class PackedLoader:
         sources = [sources] if isinstance(sources, str | Path | Source) else list(sources)
         self.sources = [s if isinstance(s, Source) else Source(path=str(s)) for s in sources]
         self.bad = BadSamples(config.max_bad_fraction)
-        self._store = _Store()
-        self._counts = [self._read(source, tokenizers) for source in self.sources]
+        self._store = DocumentStore(tokenizers, keep)
+        self._counts = [self._read(source) for source in self.sources]
         self.bad.finish()
         self._store.freeze()
         self._count_positions()
@@ -177,51 +122,19 @@ class PackedLoader:
         self._weight_of = np.array([getattr(config.loss, name, 1.0) for name in names], np.float32)[self._modality_of]
         self.fingerprint = hash_json([
             seed, config.row_length, config.window, config.caption_drop, config.text_first, self._slots,
-            int(self._store.length.sum()), zlib.crc32(self._store.tokens)])
+            self._store.crcs])
         self._epoch, self._window, self._row = 0, 0, 0
         self._plan: tuple | None = None
         self._cached: tuple | None = None
 
     # ------------------------------------------------------------------------------------------------ reading
 
-    def _read(self, source: Source, tokenizers: Tokenizers) -> int:
+    def _read(self, source: Source) -> int:
         """Adds a source's documents to the store; returns how many samples it has."""
-        encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
-        count = 0
-        for shard in list_shards(source.path):
-            for sample in read_shard(shard, tokenizers.hash):
-                count += 1
-                try:
-                    self._add(sample, tokenizers, encode_text)
-                    self.bad.good()
-                except BadSample as error:
-                    self.bad.add(error)
-                    self._store.add_empty()
-            self._store.pool()
+        count = sum(self._store.add(shard, self.bad) for shard in list_shards(source.path))
         if not count:
             raise UserError(f"{source.path} holds no samples; make its shards again")
         return count
-
-    def _add(self, sample: Sample, tokenizers: Tokenizers, encode_text) -> None:
-        document, pair, has_text = document_of(sample, tokenizers.encode_media), False, False
-        if not document.is_conversation:
-            document = document.normalised()
-            parts = [segment.modality for segment in document.segments]
-            pair, has_text = len(parts) == 2 and parts[0] != parts[1], "text" in parts
-        if pair:  # the loss flags then also say where the second part starts
-            first, second = document.segments
-            document = Document((Segment(first.modality, first.content, loss=False), second))
-        try:
-            encoded = encode_document(document, self.vocab, encode_text)
-            if len(encoded.ids) <= 2:
-                raise UserError("it is empty")
-        except (UserError, KeyError) as error:
-            raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
-        flags = encoded.loss * np.uint8(LOSS)
-        if pair or document.is_conversation:
-            flags |= _droppable(encoded.ids, self.vocab, pair) * np.uint8(DROPPABLE)
-        split = int(np.argmax(encoded.loss)) if pair else 0
-        self._store.add(encoded.ids, flags, split, pair and parts[1] == "text", pair and has_text)
 
     def _count_positions(self) -> None:
         """How many times an epoch shows each source's samples: `_slots`, per source its number of positions."""
@@ -239,10 +152,9 @@ class PackedLoader:
 
     def summary(self) -> dict:
         """Counts for a log: samples, bad, documents too long for a row (dropped), tokens per modality."""
-        per = np.bincount(self._modality_of[self._store.tokens], minlength=len(self.vocab.modalities))
         return {"samples": len(self._store.length), "bad": self.bad.bad, "too_long": self.too_long,
                 "pairs": int((self._store.split > 0).sum()), "epoch_length": self.epoch_length,
-                "tokens": dict(zip(self.vocab.modalities, per.tolist(), strict=True))}
+                "tokens": dict(zip(self.vocab.modalities, self._store.modality_counts.tolist(), strict=True))}
 
     # ------------------------------------------------------------------------------------------------ order
 
@@ -317,8 +229,7 @@ class PackedLoader:
     def tokens_of(self, document: int, swapped: bool, dropped: bool) -> tuple[np.ndarray, np.ndarray]:
         """A document as it is shown: ids int32 (n,), and whether predicting each counts, bool (n,)."""
         store = self._store
-        here = slice(store.offset[document], store.offset[document + 1])
-        ids, flags, split = store.tokens[here], store.flags[here], store.split[document]
+        (ids, flags), split = store[document], store.split[document]
         if split and (swapped or dropped):
             first, second = (ids[split:-1], ids[1:split]) if swapped else (ids[1:split], ids[split:-1])
             if dropped:

@@ -9,7 +9,6 @@ one from a URL or an archive, with its index beside it. Credentials are the stor
 configuration files); messages show a URL without them.
 """
 
-import fcntl
 import gzip
 import hashlib
 import io
@@ -24,6 +23,7 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import locked
 from onevocab.data.index import IndexedShard, build_index, index_path
 from onevocab.data.shards import list_shards
 
@@ -115,7 +115,7 @@ class ShardCache:
         digest = hashlib.sha256("\n".join(identity).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", _stem(shown(source).rpartition("/")[2]))[:64]
         shard = self.folder / f"{digest}-{readable}.tar"
-        with _lock(shard.with_name(f".{shard.name}.lock")):
+        with locked(shard.with_name(f".{shard.name}.lock")):
             try:  # it was asked for now; its other time is the one that its index knows
                 os.utime(shard, ns=(time.time_ns(), shard.stat().st_mtime_ns))
             except FileNotFoundError:
@@ -167,14 +167,6 @@ class ShardCache:
 
 def _stem(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, however that ends."""
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

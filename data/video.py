@@ -187,6 +187,8 @@ def _read_container(path: Path, file, kind: str, frames: _Frames, max_seconds: f
     tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         with av.open(file, mode="r", format=kind, options=limit, **tags) as container:
+            if not container.streams:
+                raise UserError(f"cannot read {path} as a video (it holds neither pictures nor sound, or is cut short)")
             if not container.streams.video:
                 raise UserError(f"{path} has no pictures; give it as a sound")
             streams = [container.streams.video[0], *container.streams.audio[:1]]

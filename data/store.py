@@ -1,0 +1,228 @@
+"""The documents of shards, encoded and flat: what training reads, again and again and in any order.
+
+Encoding takes one pass over the shards. Its result can be kept in a folder, a file for each shard, and is then mapped
+into memory: a second process, or the same run started again, reads it at once, and memory does not grow with the data.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from onevocab.common.errors import UserError
+from onevocab.common.files import locked, write_atomic
+from onevocab.data.documents import BadSample, BadSamples, document_of
+from onevocab.data.shards import Sample, read_shard
+from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.document import Document, Segment, encode_document
+from onevocab.tokenizers.vocab import Vocabulary
+
+LOSS, DROPPABLE = 1, 2  # flags of a stored token
+LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP = range(5)  # columns of `about`
+VERSION = "1"  # of what a stored document is; another makes kept files be made again
+log = logging.getLogger("onevocab.data")
+
+
+@dataclass
+class ShardDocuments:
+    """One shard's n documents of t tokens in all.
+
+    tokens: int32 (t,); flags: uint8 (t,), LOSS where predicting the token counts, DROPPABLE where guidance may take it
+    away; about: int32 (n, 5) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
+    0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens a
+    dropped caption takes away. A bad sample is a document of length 0. bad: [key, reason] of these, in order;
+    modality_counts: tokens of each of the vocabulary's modalities; crc: of tokens and about.
+    """
+
+    tokens: np.ndarray
+    flags: np.ndarray
+    about: np.ndarray
+    bad: list[list[str]]
+    modality_counts: list[int]
+
+    @property
+    def crc(self) -> int:
+        return zlib.crc32(self.about, zlib.crc32(self.tokens))
+
+
+def droppable(ids: np.ndarray, vocab: Vocabulary, pair: bool) -> np.ndarray:
+    """Which tokens of a document guidance may drop, bool (n,).
+
+    In a pair of text and picture the text; in a conversation the user's text right before an answer with a picture.
+    """
+    image = vocab.spans.get("image")
+    pictures = ids == image.begin if image else np.zeros(len(ids), bool)
+    if not pictures.any():
+        return pictures
+    text = ids < vocab.text_size
+    if pair:
+        return text
+    opens = (ids == vocab.user) | (ids == vocab.assistant) | (ids == vocab.system)
+    turn, roles = np.cumsum(opens), np.append(vocab.document, ids[opens])
+    drawn = np.bincount(turn, weights=pictures) > 0
+    drawn = np.append(drawn[1:] & (roles[1:] == vocab.assistant), False)  # the turn after this one is a drawing
+    return text & (drawn & (roles == vocab.user))[turn]
+
+
+def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[np.ndarray, np.ndarray, tuple]:
+    """(tokens, flags, row of `about`) of one sample. Raises BadSample."""
+    document, pair, has_text = document_of(sample, tokenizers.encode_media), False, False
+    if not document.is_conversation:
+        document = document.normalised()
+        parts = [segment.modality for segment in document.segments]
+        pair, has_text = len(parts) == 2 and parts[0] != parts[1], "text" in parts
+    if pair:  # the loss flags then also say where the second part starts
+        first, second = document.segments
+        document = Document((Segment(first.modality, first.content, loss=False), second))
+    try:
+        encoded = encode_document(document, tokenizers.vocab, encode_text)
+        if len(encoded.ids) <= 2:
+            raise UserError("it is empty")
+    except (UserError, KeyError) as error:
+        raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
+    flags = encoded.loss * np.uint8(LOSS)
+    if pair or document.is_conversation:
+        flags |= droppable(encoded.ids, tokenizers.vocab, pair) * np.uint8(DROPPABLE)
+    split = int(np.argmax(encoded.loss)) if pair else 0
+    drop = int(np.count_nonzero(flags & DROPPABLE))
+    return encoded.ids, flags, (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop)
+
+
+def encode_shard(samples: Iterator[Sample], tokenizers: Tokenizers) -> ShardDocuments:
+    """Encodes all samples of a shard."""
+    encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
+    tokens, flags, about, bad = [np.empty(0, np.int32)], [np.empty(0, np.uint8)], [], []
+    for sample in samples:
+        try:
+            one = encode_sample(sample, tokenizers, encode_text)
+        except BadSample as error:
+            bad.append([error.key, error.reason])
+            one = np.empty(0, np.int32), np.empty(0, np.uint8), (0,) * 5
+        tokens.append(one[0])
+        flags.append(one[1])
+        about.append(one[2])
+    joined, vocab = np.concatenate(tokens), tokenizers.vocab
+    counts = np.bincount(vocab.modality_of(joined), minlength=len(vocab.modalities)).tolist()
+    return ShardDocuments(joined, np.concatenate(flags), np.array(about, np.int32).reshape(-1, 5), bad, counts)
+
+
+# ------------------------------------------------------------------------------------------------ kept files
+
+
+def to_bytes(documents: ShardDocuments, identity: str) -> bytes:
+    """What is kept: a safetensors file."""
+    arrays = {"tokens": documents.tokens, "flags": documents.flags, "about": documents.about}
+    said = {"bad": documents.bad, "crc": documents.crc, "modality_counts": documents.modality_counts}
+    return save(arrays, {"identity": identity, "said": json.dumps(said)})
+
+
+class _Kept:
+    """A kept file, mapped: `tokens[a:b]` and `flags[a:b]` read just that."""
+
+    def __init__(self, path: Path, identity: str):
+        file = safe_open(path, "numpy")
+        said = file.metadata() or {}
+        if said.get("identity") != identity:
+            raise ValueError("of another shard, or by other tokenizers")
+        self.tokens, self.flags = file.get_slice("tokens"), file.get_slice("flags")
+        self.about = file.get_tensor("about")
+        said = json.loads(said["said"])
+        self.bad, self.crc, self.modality_counts = said["bad"], said["crc"], said["modality_counts"]
+        total = int(self.about[:, LENGTH].sum())
+        if not self.tokens.get_shape() == self.flags.get_shape() == [total]:
+            raise ValueError("its numbers do not fit each other")
+
+
+def kept_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
+    """Where a shard's documents are kept, and which documents these are. Raises UserError when there is no shard."""
+    try:
+        stat = os.stat(shard)
+    except OSError as error:
+        raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
+    identity = json.dumps([VERSION, tokenizers.hash, os.path.abspath(shard), stat.st_size, stat.st_mtime_ns])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
+    return folder / f"{Path(shard).stem}-{digest}.safetensors", identity
+
+
+def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocuments":
+    """A shard's documents out of `folder`, made and kept there first unless they are. Where they cannot be kept, that
+    is logged and they stay in memory."""
+    path, identity = kept_path(shard, tokenizers, folder)
+
+    def load() -> _Kept | None:
+        try:
+            return _Kept(path, identity)
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError):  # none, or damaged: made again
+            return None
+
+    found = load()
+    if found:
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):
+            found = load()  # another process may have made it meanwhile
+            if not found:
+                found = encode_shard(read_shard(shard, tokenizers.hash), tokenizers)
+                write_atomic(path, to_bytes(found, identity))
+    except OSError as error:
+        log.warning("cannot keep documents in %s (%s): they stay in memory, and every process makes its own", folder,
+                    error.strerror or error)
+        return found or encode_shard(read_shard(shard, tokenizers.hash), tokenizers)
+    return load() or found
+
+
+class DocumentStore:
+    """The documents of many shards as one sequence of n. After `freeze`, each (n,): length, drop, split (int64) and
+    text_second, has_text (bool), as in ShardDocuments.
+
+    folder: where encoded shards are kept and mapped from; None: in memory, 5 bytes a token.
+    """
+
+    def __init__(self, tokenizers: Tokenizers, folder: Path | None = None):
+        self.tokenizers, self.folder = tokenizers, folder and Path(folder)
+        self._shards: list[_Kept | ShardDocuments] = []
+
+    def add(self, shard, bad: BadSamples) -> int:
+        """Adds a shard's documents; returns how many samples it has. Raises UserError when it cannot be read, holds
+        codes of other tokenizers, or when too many samples are bad."""
+        if self.folder:
+            documents = _kept(shard, self.tokenizers, self.folder)
+        else:
+            documents = encode_shard(read_shard(shard, self.tokenizers.hash), self.tokenizers)
+        bad.good(len(documents.about) - len(documents.bad))
+        for key, reason in documents.bad:
+            bad.add(BadSample(key, str(shard), reason))
+        self._shards.append(documents)
+        return len(documents.about)
+
+    def freeze(self) -> None:
+        """To be called after the last shard."""
+        about = np.concatenate([documents.about for documents in self._shards])
+        self.length, self.split, self.drop = (about[:, column].astype(np.int64) for column in (LENGTH, SPLIT, DROP))
+        self.text_second, self.has_text = about[:, TEXT_SECOND].astype(bool), about[:, HAS_TEXT].astype(bool)
+        counts = [len(documents.about) for documents in self._shards]
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        ends = [np.cumsum(documents.about[:, LENGTH], dtype=np.int64) for documents in self._shards]
+        self._start = np.concatenate(ends) - self.length  # of a document, within its shard
+        self.crcs = [documents.crc for documents in self._shards]
+        self.modality_counts = np.sum([documents.modality_counts for documents in self._shards], 0)
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32, flags uint8) of a document that is not empty."""
+        shard = self._shards[int(np.searchsorted(self._first, document, "right")) - 1]
+        start = int(self._start[document])
+        here = slice(start, start + int(self.length[document]))
+        return shard.tokens[here], shard.flags[here]

@@ -1,0 +1,156 @@
+"""Kept documents: the same batches as from the shards, read once, made again when they do not fit."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from samples import mixed_codes, write_codes
+from tiny import tiny_tokenizers
+
+from onevocab.data import store as stores
+from onevocab.data.loader import LoaderConfig, PackedLoader
+from onevocab.data.store import DocumentStore, ShardDocuments
+
+CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=16, caption_drop=0.3)
+
+
+@pytest.fixture
+def codes(tmp_path, tokenizers):
+    return write_codes(tmp_path / "codes", tokenizers, mixed_codes(30))
+
+
+def batches(loader, n=8):
+    return [torch.stack([value.double() for value in vars(loader.next_batch()).values()]) for _ in range(n)]
+
+
+def refuse(*_, **__):
+    raise AssertionError("the shard was read again")
+
+
+def test_same_batches_and_no_second_reading(codes, tokenizers, tmp_path, monkeypatch):
+    plain = PackedLoader(codes, tokenizers, CONFIG)
+    kept = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    monkeypatch.setattr(stores, "read_shard", refuse)
+    again = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    assert plain.fingerprint == kept.fingerprint == again.fingerprint
+    assert plain.summary() == again.summary()
+    for one, two, three in zip(batches(plain), batches(kept), batches(again), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_bad_samples_are_reported_every_time(tmp_path, tokenizers, caplog):
+    samples = list(mixed_codes(8))
+    samples[3] = {"json": b"{broken"}
+    codes = write_codes(tmp_path / "codes", tokenizers, samples)
+    config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
+    for _ in range(2):
+        caplog.clear()
+        loader = PackedLoader(codes, tokenizers, config, keep=tmp_path / "kept")
+        assert loader.bad.bad == 1 and loader.summary()["samples"] == 8
+        assert any("bad" in record.getMessage() and "left out" in record.getMessage() for record in caplog.records)
+
+
+def test_another_shard_other_tokenizers_or_damage_make_it_again(codes, tokenizers, tmp_path):
+    keep = tmp_path / "kept"
+    first = PackedLoader(codes, tokenizers, CONFIG, keep=keep)
+    files = sorted(keep.glob("*.safetensors"))
+    assert len(files) == len(list(codes.glob("*.tar")))
+    files[0].write_bytes(files[0].read_bytes()[:-7])  # cut short
+    files[1].write_bytes(files[2].read_bytes())  # another shard's
+    files[2].write_bytes(b"")
+    assert PackedLoader(codes, tokenizers, CONFIG, keep=keep).fingerprint == first.fingerprint
+    shard = sorted(codes.glob("*.tar"))[0]
+    os.utime(shard, ns=(0, 10**18))
+    PackedLoader(codes, tokenizers, CONFIG, keep=keep)
+    assert len(list(keep.glob("*.safetensors"))) == len(files) + 1
+    other = tiny_tokenizers(seed=1)
+    other.save(tmp_path / "other")
+    with pytest.raises(stores.UserError, match="other tokenizers"):
+        PackedLoader(codes, other, CONFIG, keep=keep)
+
+
+def test_where_nothing_can_be_kept_training_goes_on(codes, tokenizers, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    plain = PackedLoader(codes, tokenizers, CONFIG)
+    with caplog.at_level(logging.WARNING):
+        loader = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "file")
+    assert loader.fingerprint == plain.fingerprint and torch.equal(batches(plain, 1)[0], batches(loader, 1)[0])
+    assert "cannot keep documents" in caplog.text
+
+
+KILLED = """
+import sys, time
+from onevocab.data import store
+from onevocab.tokenizers.bundle import Tokenizers
+def slow(path, content):
+    print("writing", flush=True)
+    time.sleep(60)
+store.write_atomic = slow
+from onevocab.data.loader import PackedLoader
+PackedLoader(sys.argv[1], Tokenizers.load(sys.argv[3]), keep=sys.argv[2])
+"""
+
+
+def test_a_killed_process_leaves_no_lock(codes, tokenizers, tmp_path):
+    tokenizers.save(tmp_path / "tokenizers")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, codes, tmp_path / "kept", tmp_path / "tokenizers"],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "writing"
+    process.kill()
+    process.wait()
+    begun = time.monotonic()
+    PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    assert time.monotonic() - begun < 30
+
+
+def keep_synthetic(shard, tokenizers, folder, n: int, length: int) -> None:
+    """Kept documents of n texts of `length` tokens, for a shard that is never read."""
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    shard.write_bytes(b"never read")
+    vocab = tokenizers.vocab
+    one = np.arange(length, dtype=np.int32) % vocab.text_size
+    tokens = np.tile(one, n)
+    about = np.zeros((n, 5), np.int32)
+    about[:, stores.LENGTH] = length
+    counts = [0] * len(vocab.modalities)
+    counts[0] = len(tokens)
+    documents = ShardDocuments(tokens, np.full(len(tokens), stores.LOSS, np.uint8), about, [], counts)
+    folder.mkdir(exist_ok=True)
+    path, identity = stores.kept_path(shard, tokenizers, folder)
+    path.write_bytes(stores.to_bytes(documents, identity))
+
+
+def test_a_restart_among_a_million_samples_takes_less_than_a_second(tmp_path, tokenizers):
+    shards, keep = tmp_path / "shards", tmp_path / "kept"
+    for i in range(4):
+        keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, 250_000, 8)
+    config = LoaderConfig(row_length=512, rows_per_step=4, window=4096)
+    loader = PackedLoader(shards, tokenizers, config, keep=keep)
+    assert len(loader._store) == 1_000_000
+    state = {"epoch": 3, "window": 200, "row": 17, "fingerprint": loader.fingerprint}
+    del loader
+    begun = time.process_time()
+    restarted = PackedLoader(shards, tokenizers, config, keep=keep)
+    restarted.load_state_dict(state)
+    restarted.next_batch()
+    assert time.process_time() - begun < 1.0
+
+
+def test_a_document_of_any_shard_is_found(tmp_path, tokenizers):
+    shards, keep = tmp_path / "shards", tmp_path / "kept"
+    for i, (n, length) in enumerate([(3, 4), (1, 7), (5, 2)]):
+        keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, n, length)
+    store = DocumentStore(tokenizers, keep)
+    from onevocab.data.documents import BadSamples
+
+    assert [store.add(shards / f"s-{i}.tar", BadSamples(0)) for i in range(3)] == [3, 1, 5]
+    store.freeze()
+    assert store.length.tolist() == [4, 4, 4, 7, 2, 2, 2, 2, 2]
+    assert [store[d][0].tolist() for d in (0, 2, 3, 8)] == [[0, 1, 2, 3], [0, 1, 2, 3], list(range(7)), [0, 1]]
+    assert all(len(store[d][1]) == store.length[d] for d in range(9))
