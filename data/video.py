@@ -187,7 +187,7 @@ def _read_container(path: Path, file, kind: str, frames: _Frames, max_seconds: f
     tags = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         with av.open(file, mode="r", format=kind, options=limit, **tags) as container:
-            if not container.streams:
+            if not container.streams.video and not container.streams.audio:
                 raise UserError(f"cannot read {path} as a video (it holds neither pictures nor sound, or is cut short)")
             if not container.streams.video:
                 raise UserError(f"{path} has no pictures; give it as a sound")
