@@ -1,0 +1,156 @@
+"""The benchmarks' harness: every preset runs at a tiny size, wrong results are noticed, files can be read again."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from importlib import import_module
+
+import pytest
+import torch
+from conftest import ROOT, run_command
+
+from benchmarks import harness, measure, plot
+from benchmarks.harness import Cost, Preset, Target, Work
+from onevocab.common.errors import UserError
+
+NAMES = ("attention", "cross_entropy", "decode", "norms", "shared_prefix", "vq")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checks_every_preset(name, capsys):
+    module = import_module(f"benchmarks.{name}")
+    module.main(["--check", "--tiny", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "not the Triton kernels" in out and "within the bound" in out
+    for title in module.PRESETS:
+        assert f"{name} {title}: " in out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lists_presets(name, capsys):
+    module = import_module(f"benchmarks.{name}")
+    module.main(["--list"])
+    out = capsys.readouterr().out
+    assert all(f"{title}: {preset.description}" in out for title, preset in module.PRESETS.items())
+
+
+def test_runs_as_a_command_and_writes_table_and_picture(tmp_path):
+    out = tmp_path / "packed.json"
+    command = [sys.executable, "-m", "benchmarks.attention", "--preset", "packed", "--tiny", "--device", "cpu",
+               "--repetitions", "3", "--out", out]
+    assert "written" in run_command(command)
+    result = json.loads(out.read_text())
+    assert {"versions", "device", "date", "commit", "command"} <= set(result) and "--preset packed" in result["command"]
+    [preset] = result["presets"].values()
+    steps = {row["step"] for row in preset["rows"] if row["provider"] == "ours"}
+    assert steps == {"forward", "both", "fresh", "fresh both"}
+    assert "attention: torch" in preset["backend"] and preset["ceilings"]["copy_bytes_per_second"] > 0
+    assert all(row["seconds"] > 0 and row["peak_bytes"] >= 0 and row["repetitions"] >= 3 for row in preset["rows"])
+    table = out.with_suffix(".md").read_text()
+    assert "not the Triton kernels" in table and "| **ours** |" in table
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
+    """With nothing of the project installed, and neither pydantic nor matplotlib."""
+    script = textwrap.dedent(f"""
+        import runpy, sys
+        sys.meta_path = [f for f in sys.meta_path if "editable" not in (getattr(f, "__module__", "") or "").lower()
+                         and "editable" not in repr(f).lower()]
+        for name in ("pydantic", "matplotlib", "tyro", "transformers"):
+            sys.modules[name] = None
+        sys.argv = ["gpu", "--device", "cpu", "--tiny", "--out", {str(tmp_path)!r}]
+        runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-4000:]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {f"{name}-cpu.{kind}" for name in NAMES if name != "shared_prefix" for kind in ("json", "md")} <= written
+    assert "shared_prefix questions: " in (tmp_path / "targets-cpu.md").read_text()
+
+
+def addition(wrong: float = 0.0, broken: bool = False) -> dict[str, Preset]:
+    """A benchmark of x + y whose own result can be wrong, beside a peer that can raise."""
+    def peer(x, y):
+        if broken:
+            raise RuntimeError("cannot do this\nand a second line")
+        return y + x
+
+    def build(shape, device, dtype):
+        return Work(lambda: tuple(torch.randn(shape["n"], dtype=dtype) for _ in range(2)),
+                    {"ours": lambda: lambda x, y: x + y + wrong, "peer": lambda: peer}, torch.add,
+                    {"both": Cost(1000, 1000)}, differentiable=2)
+
+    return {"add": Preset("addition", build, {"cpu": {"n": 50}, "tiny": {"n": 5}},
+                          {"cpu": [Target("time", "both", ("peer",), at_least=1e-6)]})}
+
+
+def test_a_wrong_result_stops_the_benchmark():
+    with pytest.raises(UserError, match="ours is wrong"):
+        harness.run("addition", addition(wrong=1e-3), ["add"], CPU, seconds=0.1)
+    with pytest.raises(UserError, match="ours is wrong"):
+        harness.run("addition", addition(wrong=float("nan")), ["add"], CPU, just_check=True)
+
+
+def test_a_peer_that_cannot_is_named_and_left_out():
+    result = harness.run("addition", addition(broken=True), ["add"], CPU, seconds=0.1, repetitions=3)
+    preset = result["presets"]["add"]
+    assert preset["not_run"] == {"peer": "RuntimeError: cannot do this"}
+    assert [row["provider"] for row in preset["rows"]] == ["ours"]
+    assert preset["targets"][0]["met"] is None
+    assert "not measured" in plot.markdown(result)
+
+
+def test_targets_are_judged():
+    result = harness.run("addition", addition(), ["add"], CPU, seconds=0.2, repetitions=5)
+    [verdict] = result["presets"]["add"]["targets"]
+    assert verdict["met"] and verdict["measured"] > 0
+    rows = [{"step": "both", "provider": name, "times_ours": times, "peak_bytes": peak, "bytes_per_second": 50.0}
+            for name, times, peak in (("ours", 1.0, 100), ("slow", 4.0, 900), ("fast", 2.0, 400))]
+    targets = [Target("time", "both", ("slow", "fast"), at_least=2.0), Target("time", "both", ("fast",), at_most=0.4),
+               Target("memory", "both", ("slow", "fast"), at_least=4.0), Target("copy", "both", at_least=0.6),
+               Target("time", "both", ("absent",), at_least=1.0)]
+    found = harness.judge(targets, rows, {"copy_bytes_per_second": 100.0})
+    assert [(each["measured"], each["met"]) for each in found] == [
+        (2.0, True), (0.5, False), (4.0, True), (0.5, False), (None, None)]
+
+
+def test_memory_is_what_a_call_allocates():
+    kept = []
+    found = measure.peak_memory(lambda: kept.append((torch.ones(1 << 20) + 1).sum()), CPU)
+    assert 2 * 4 << 20 <= found < 2.2 * 4 * 2**20
+
+
+def test_packed_documents_fill_rows():
+    from benchmarks.attention import packed
+
+    document = packed(3, 4096, 16)
+    for row in document:
+        ids, lengths = row.unique_consecutive(return_counts=True)
+        assert ids.tolist() == list(range(16)) and lengths.min() > 80 and lengths.max() < 520
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--preset", "none"], "--preset none: choose from packed"),
+    (["--shape", "depth=3"], "--shape depth=3"),
+    (["--shape", "length=-3"], "--shape length=-3"),
+    (["--shape", "heads=3", "kv_heads=2", "--tiny", "--check"], "multiple"),
+    (["--repetitions", "1"], "at least 3"),
+])
+def test_mistakes_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        import_module("benchmarks.attention").main(["--device", "cpu", *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_file_of_something_else_is_refused(tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text("[]")
+    with pytest.raises(SystemExit):
+        plot.main([str(path)])
+    assert "not a results file" in capsys.readouterr().err
