@@ -36,7 +36,7 @@ from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
 from onevocab.training.loop import Stopped, train_language
-from onevocab.training.metrics import MetricsLog, plot_curves
+from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
 
 
 class LanguageStage(TrainConfig, StageData):
@@ -139,8 +139,11 @@ class Run:
             hashes[stage.name] = hash_json([stage.name, made_of[stage.name]])
             for name in ("done.json", "started.json"):
                 path = self.folder / stage.name / name
-                if path.exists() and read_json(path)["hash"] != hashes[stage.name]:
-                    change = _difference(read_json(path)["made_of"], made_of[stage.name])
+                found = read_json(path) if path.exists() else {"hash": hashes[stage.name]}
+                if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
+                    raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
+                if found.get("hash") != hashes[stage.name]:
+                    change = _difference(found.get("made_of", {}), made_of[stage.name])
                     later = ", ".join(later.name for later in self.stages[self.stages.index(stage) + 1 :])
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
                                     f"use another --folder, or remove {self.folder / stage.name}"
@@ -166,8 +169,9 @@ class Run:
         distributed.barrier()
         if self.main:
             write_json(folder / "done.json", record | {"seconds": seconds, "provenance": provenance()})
-            if (self.folder / "metrics.jsonl").exists():
-                plot_curves(self.folder / "metrics.jsonl", stage.name, folder / "curves.png")
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.exists() and (drawn := loss_curves(read_metrics(metrics), stage.name)):
+                write_atomic(folder / "curves.png", drawn)
         distributed.barrier()
 
     def on_main(self, work) -> None:

@@ -6,6 +6,7 @@ Two fresh processes write their own shards in a fixed order, so the bytes do not
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,7 @@ class DemoConfig(BaseModel):
     # pretrain: pairs, shown in both orders, and speech to text in many voices
     captions: int = Field(default=12_000, ge=0)
     narrated: int = Field(default=1_600, ge=0)
-    heard: int = Field(default=6_000, ge=0)
+    heard: int = Field(default=9_000, ge=0)
     # instruct: conversations
     about_picture: int = Field(default=7_000, ge=0)
     draw: int = Field(default=8_000, ge=0)
@@ -42,7 +43,7 @@ class DemoConfig(BaseModel):
     say: int = Field(default=2_000, ge=0)
     say_seen: int = Field(default=2_000, ge=0)
     draw_heard: int = Field(default=3_000, ge=0)
-    clips_per_voice: int = Field(default=2, ge=1, description="recordings of each name by each training voice")
+    clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
 
 
 class _Studio:
@@ -107,7 +108,11 @@ def _said(rng) -> str:
 
 def _caption_pair(rng) -> list:
     scene = random_scene(rng)
-    return [scene, tasks.caption_long(scene) if rng.random() < 0.65 else tasks.caption_short(scene)]
+    if rng.random() < 0.65:
+        # In random order the place that follows a name must be looked up in the picture; in reading order it need not.
+        order = rng.permutation(len(scene.objects))
+        return [scene, tasks.caption_long(replace(scene, objects=tuple(scene.objects[k] for k in order)))]
+    return [scene, tasks.caption_short(scene)]
 
 
 def _narrated_pair(rng) -> list:

@@ -18,9 +18,11 @@ RATE = 16_000
 NARRATOR = "en-us"
 # Clear to the judge of speech, and the same bytes every time: f3, Alicia, Demonic, sandro, victor and the whispers draw
 # their breath from noise that is not seeded.
-_VARIANTS = ("f1 f4 m1 m2 m3 m5 m6 m7 m8 Alex Denis Diogo Gene Henrique Hugo Jacky Mario Mike Nguyen Reed Storm adam anika "
-             "announcer antonio aunty belinda benjamin caleb croak david ed edward grandma iven john klatt klatt2 linda "
-             "max michel mike2 paul pedro quincy steph")
+_VARIANTS = (
+    "f1 f4 m1 m2 m3 m5 m6 m7 m8 Alex Denis Diogo Gene Henrique Hugo Jacky Mario Mike Nguyen Reed Storm "
+    "adam anika announcer antonio aunty belinda benjamin caleb croak david ed edward grandma iven john "
+    "klatt klatt2 linda max michel mike2 paul pedro quincy steph"
+)
 TRAIN_VOICES = (NARRATOR, "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbclan",
                 *(f"en-us+{variant}" for variant in _VARIANTS.split()))
 TEST_VOICES = ("en-us+f2", "en-us+f5", "en-us+m4")

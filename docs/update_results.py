@@ -1,10 +1,10 @@
-"""Fills the README's table of results from docs/results/demo.json, so that no number is typed by hand.
+"""Fills the README's table of results from docs/results/*.json, so that no number is typed by hand.
 
-    python docs/update_results.py --from runs/demo   copies the run's report and gallery, then fills the table
-    python docs/update_results.py                    fills the table from the committed file
+    python docs/update_results.py --from runs/demo   copies the run's report (and the demo's gallery), then fills
+    python docs/update_results.py                    fills from the committed files
 
-The committed file is the run's report.json with three keys more: `command`, which made it, `date`, the
-day of the copy, and `losses`, the last ones of the run's metrics.jsonl.
+A committed file is the run's report.json with three keys more: `command`, which made it, `date`, the day of the copy,
+and `losses`, the last ones of the run's metrics.jsonl. Its name is the run folder's, or --name.
 """
 
 import argparse
@@ -16,32 +16,12 @@ from onevocab.common import errors, files
 from onevocab.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results" / "demo.json"
+RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-COLUMNS = (
-    "task",
-    "split",
-    "metric",
-    "value",
-    "interval",
-    "chance",
-    "ceiling_original",
-    "ceiling_tokenizer",
-    "n",
-)
-TITLES = (
-    "task",
-    "split",
-    "metric",
-    "value",
-    "interval",
-    "chance",
-    "ceiling: originals",
-    "ceiling: tokenizer",
-    "n",
-)
+SHOWN = ("demo", "demo-long")  # a column each; the other files give a line below the table
+TITLES = ("task", "split", "metric", *SHOWN, "chance", "ceiling: originals", "ceiling: tokenizer", "n")
 
 
 def cell(value) -> str:
@@ -57,36 +37,59 @@ def cell(value) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def table(report: dict) -> str:
-    """The Markdown between the markers. Raises KeyError for a report without results."""
-    lines = ["| " + " | ".join(TITLES) + " |", "|" + "---|" * 3 + "---:|" * (len(TITLES) - 3)]
-    # By kind of question, edit or wording: in the committed file and on the report's page.
-    rows = [row for row in report["results"] if ": " not in row["metric"]]
-    lines += ["| " + " | ".join(cell(row.get(name)) for name in COLUMNS) + " |" for row in rows]
-    seconds = report.get("seconds") or {}
-    versions = report.get("versions") or {}
-    facts = [f"`{report['command']}`", str(report.get("device") or "device not recorded"), report["date"]]
-    facts += [f"{name} {version}" for name, version in sorted(versions.items()) if name in ("python", "torch")]
-    lines += ["", "Measured: " + ", ".join(facts) + "."]
-    if seconds:
-        parts = ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items())
-        lines += [f"Seconds per stage: {parts}; {sum(seconds.values()) / 60:.1f} minutes together."]
+def _scored(row: dict) -> str:
+    return cell(row["value"]) + (f" ({cell(row['interval'])})" if row.get("interval") else "")
+
+
+def _facts(name: str, report: dict) -> str:
+    versions = [f"{key} {value}" for key, value in sorted(report["versions"].items()) if key in ("python", "torch")]
+    parts = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
+    text = (f"- **{name}**: `{report['command']}`, {', '.join([report['device'], report['date'], *versions])}. "
+            f"{sum(report['seconds'].values()) / 60:.1f} minutes after the installation; seconds: {parts}.")
     for stage, losses in report.get("losses", {}).items():
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in losses.items() if name != "step")
-        lines += [f"Loss at the end of {stage} (step {losses['step']:,}), nats a token: {shown}."]
-    return "\n".join(lines)
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in losses.items() if key != "step")
+        text += f" Loss at the end of {stage} (step {losses['step']:,}), nats a token: {shown}."
+    return text
 
 
-def fill(readme: str, report: dict) -> str:
+def table(reports: dict[str, dict]) -> str:
+    """The Markdown between the markers; `reports` by name, in the order of SHOWN first."""
+    shown = [reports[name] for name in SHOWN if name in reports]
+    titles = [title for title in TITLES if title not in SHOWN or title in reports]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * 3 + "---:|" * (len(titles) - 3)]
+
+    def key(row: dict) -> tuple:
+        return row["task"], row["split"], row["metric"]
+
+    found = [{key(row): row for row in report["results"]} for report in shown]
+    for row in shown[0]["results"]:
+        if ": " in row["metric"]:  # by kind of question, edit or wording: in the committed file and on the page
+            continue
+        same = [rows[key(row)] for rows in found if key(row) in rows]
+        tokenizer = [cell(each.get("ceiling_tokenizer")) for each in same]
+        cells = [*key(row), *(_scored(rows[key(row)]) if key(row) in rows else "–" for rows in found),
+                 cell(row.get("chance")), cell(row.get("ceiling_original")),
+                 " / ".join(tokenizer) if set(tokenizer) != {"–"} else "–", cell(row.get("n"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(_facts(name, report) for name, report in reports.items())])
+
+
+def fill(readme: str, reports: dict[str, dict]) -> str:
     """The README's text with the block between the markers replaced."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise errors.UserError(f"README.md lacks {BEGIN} ... {END}; put both markers where the table belongs")
-    return f"{before}{BEGIN}\n{table(report)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(reports)}\n{END}{after}"
 
 
-@errors.cli
+def committed() -> dict[str, dict]:
+    """The committed reports by name, those of SHOWN first."""
+    names = sorted(path.stem for path in RESULTS.glob("*.json"))
+    names.sort(key=lambda name: SHOWN.index(name) if name in SHOWN else len(SHOWN))
+    return {name: files.read_json(RESULTS / f"{name}.json") for name in names}
+
+
 def last_losses(metrics: Path) -> dict[str, dict[str, float]]:
     """Of each language stage: its last losses by modality, nats a token."""
     losses = {}
@@ -97,18 +100,22 @@ def last_losses(metrics: Path) -> dict[str, dict[str, float]]:
     return losses
 
 
+@errors.cli
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="run", type=Path, help="the folder of a run whose report is to be published")
+    parser.add_argument("--name", help="of the committed file, if not the run folder's")
     parser.add_argument("--command", default="make demo", help="the command that made that run")
     arguments = parser.parse_args()
     if arguments.run:
+        name = arguments.name or arguments.run.resolve().name
         report = files.read_json(arguments.run / "report" / "report.json")
         report |= {"command": arguments.command, "date": datetime.date.today().isoformat(),
                    "losses": last_losses(arguments.run / "metrics.jsonl")}
-        files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
-        files.write_atomic(RESULTS, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    files.write_atomic(README, fill(README.read_text(encoding="utf-8"), files.read_json(RESULTS)))
+        if name == "demo":
+            files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
+        files.write_atomic(RESULTS / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    files.write_atomic(README, fill(README.read_text(encoding="utf-8"), committed()))
     print(f"filled the table of {README}")
 
 

@@ -13,7 +13,7 @@ class EvaluateConfig(BaseModel):
     captions: int = Field(150, ge=1, description="scenes described and drawn; enough that every name appears")
     items: int = Field(96, ge=1, description="items of each other task")
     controls: int = Field(64, ge=1, description="items of each control: shuffled media, unseen style or voice")
-    reconstructions: int = Field(96, ge=1)
+    reconstructions: int = Field(200, ge=1)
     malformed: int = Field(1000, ge=1, description="replies that are drawn hot and checked for their form")
     malformed_temperature: float = Field(1.5, ge=0)
     text_temperature: float = Field(0.0, ge=0)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
 from onevocab.tokenizers.media import encode_audio, encode_png
-from onevocab.training.metrics import read_metrics
+from onevocab.training.metrics import loss_curves, read_metrics
 
 INTRO = {
     "Drawn from words": "Seeds 0, 1, 2, ..., in order, none left out. Under each: the prompt, and what the picture "
@@ -61,7 +61,11 @@ def run_config(run: Path) -> dict:
 
 def png(picture: Image.Image) -> str:
     """A picture as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(picture, level=9)).decode()
+    return _png_uri(encode_png(picture, level=9))
+
+
+def _png_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def wav(samples: np.ndarray, rate: int) -> str:
@@ -72,40 +76,12 @@ def wav(samples: np.ndarray, rate: int) -> str:
 
 def curves(run: Path) -> list[tuple[str, str]]:
     """(stage, PNG data URI) of the losses in `metrics.jsonl`. A damaged line is skipped."""
-    stages: dict[str, list[dict]] = {}
     try:
-        entries = read_metrics(run / "metrics.jsonl")
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
     except OSError:
         return []
-    for entry in entries:
-        if isinstance(entry, dict) and "step" in entry:
-            stages.setdefault(str(entry.get("stage", "training")), []).append(entry)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawn = []
-    for stage, entries in stages.items():
-        series: dict[str, list[tuple[float, float]]] = {}
-        for entry in entries:
-            flat = {**entry, **{f"{k}/{name}": v for k, group in entry.items() if isinstance(group, dict)
-                                for name, v in group.items()}}
-            for key, value in flat.items():
-                if ("loss" in key or "nll" in key) and isinstance(value, int | float):
-                    series.setdefault(key, []).append((entry["step"], value))
-        if not series:
-            continue
-        figure = Figure(figsize=(5.2, 3), dpi=110, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        for name, points in series.items():
-            axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        axes.set(title=stage, xlabel="step", ylabel="loss")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        drawn.append((stage, "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()))
-    return drawn
+    drawn = {stage: loss_curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}
+    return [(str(stage), _png_uri(data)) for stage, data in drawn.items() if data]
 
 
 def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 4, side: int = 160) -> None:

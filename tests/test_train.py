@@ -18,7 +18,7 @@ from onevocab.model.decoder import Decoder
 from onevocab.training import checkpoint
 from onevocab.training.config import TrainConfig
 from onevocab.training.loop import Stopped, train_language
-from onevocab.training.metrics import MetricsLog, plot_curves, read_metrics
+from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,8 +165,8 @@ def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
         log.write("stage", step, loss_text=1.0 / step, loss_image=2.0 / step)
     with open(tmp_path / "m.jsonl", "a") as file:
         file.write('{"stage": "sta')
-    plot_curves(tmp_path / "m.jsonl", "stage", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert loss_curves(read_metrics(tmp_path / "m.jsonl"), "stage")[:4] == b"\x89PNG"
+    assert loss_curves(read_metrics(tmp_path / "m.jsonl"), "another") is None
     log.cut_back("stage", 2)
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2]
 

@@ -156,3 +156,20 @@ def test_speech_is_audible_and_unknown_voices_are_refused():
     assert 0.3 < len(sound) / speech.RATE < 1.2 and abs(np.abs(sound).max() - 0.7) < 1e-3
     with pytest.raises(UserError, match="no voice"):
         speech.speak("dog", "en-us+nobody")
+
+
+@pytest.mark.skipif(not speech.available(), reason="the speech extra is not installed")
+def test_faster_playback_is_shorter_and_every_training_voice_speaks():
+    plain, faster = speech.speak("elephant"), speech.speak("elephant", playback=1.1)
+    assert len(faster) / len(plain) == pytest.approx(1 / 1.1, rel=0.03)
+    for voice in speech.TRAIN_VOICES:
+        assert len(speech.speak("dog", voice)) > 0.15 * speech.RATE, voice
+
+
+def test_breath_follows_the_sound_and_comes_from_the_seed():
+    sound = np.concatenate([np.zeros(1600, np.float32), np.sin(np.arange(1600, dtype=np.float32))])
+    varied = [speech.vary(sound, np.random.default_rng(seed)) for seed in range(12)]
+    assert all((one[:1600] == 0).all() and one.dtype == np.float32 for one in varied)
+    unchanged = [np.array_equal(one, sound) for one in varied]
+    assert any(unchanged) and not all(unchanged)
+    assert np.array_equal(varied[0], speech.vary(sound, np.random.default_rng(0)))

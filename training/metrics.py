@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, curves, a progress bar, and wandb when it is asked for."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -56,27 +57,25 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
-def plot_curves(metrics_path, stage: str, out_path) -> None:
-    """Draws a stage's losses over its steps into a PNG; does nothing when there are none."""
-    import matplotlib
+def loss_curves(lines: list[dict], stage: str) -> bytes | None:
+    """A stage's losses over its steps, from the lines of a metrics.jsonl, as a PNG; None when there are none."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no state
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [line for line in read_metrics(metrics_path) if line["stage"] == stage]
+    lines = [line for line in lines if line.get("stage") == stage]
     names = sorted({name for line in lines for name in line if name == "loss" or name.startswith("loss_")})
     if not names:
-        return
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        return None
+    figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
     for name in names:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1.2)
-    axes.set(title=f"{stage}", xlabel="step", ylabel="loss (nats a token)" if len(names) > 1 else "loss")
-    axes.set_yscale("log")
+    axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)" if len(names) > 1 else "loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out_path, dpi=110)
-    plt.close(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def progress(total: int, done: int, label: str, active: bool) -> tqdm:
