@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onevocab.kernels.backend import choose
+from onevocab.kernels.decode import decode_attention
 from onevocab.kernels.mask import IntervalMask
 
 __all__ = ["IntervalMask", "attention", "attention_reference"]
@@ -50,8 +51,10 @@ def attention(
     chosen = choose("attention", q, k, v, backend=backend, unsupported=_unsupported(q, scale))
     if chosen == "reference":
         return attention_reference(q, k, v, mask, scale)
-    if chosen == "triton":
-        from onevocab.kernels import attention_triton  # not everywhere is triton installed
+    if chosen == "triton":  # imported here: not everywhere is triton installed
+        if mask is not None and mask.lengths is not None:
+            return decode_attention(q, k, v, mask.lengths.clamp(min=0), scale=scale, backend="triton")
+        from onevocab.kernels import attention_triton
 
         if mask is None:
             mask = IntervalMask.causal(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device))

@@ -26,6 +26,7 @@ class IntervalMask:
     prefix_first: Tensor | None = None
     prefix_last: Tensor | None = None
     document: Tensor | None = None  # (B, S), set by `causal` and `shared_prefix`: a CPU runs document by document
+    lengths: Tensor | None = None  # (B,), set by `up_to` for one query a row: a GPU splits the keys between programs
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -83,7 +84,7 @@ class IntervalMask:
     def up_to(cls, positions: Tensor) -> "IntervalMask":
         """Every key from 0 to positions (B, S), for decoding from a cache; negative is padding."""
         last = positions.int()
-        return cls((last < 0).int(), last.clamp(min=0))
+        return cls((last < 0).int(), last.clamp(min=0), lengths=last[:, 0] + 1 if last.shape[1] == 1 else None)
 
     def dense(self, n_keys: int) -> Tensor:
         """bool (B, 1, S, n_keys), True where a query sees a key; computed once per mask and n_keys."""

@@ -20,8 +20,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """With a residual: (the norm of x + residual, x + residual)."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -67,8 +68,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+        normed, x = self.post_attention_layernorm(attended, x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

@@ -209,7 +209,7 @@ def test_table_of_a_report():
     }
     longer = report | {"results": [row | {"value": 0.9, "interval": None, "ceiling_tokenizer": 0.98}]}
     text = update.fill(f"a\n{update.BEGIN}\nold\n{update.END}\nz\n", {"demo": report, "demo-long": longer, "x": report})
-    assert "| vqa | held-out compositions | accuracy | 0.871 (0.850 to 0.890) | 0.900 | – | 1.000 | 0.960 / 0.980 |" in text
+    assert "| accuracy | 0.871 (0.850 to 0.890) | 0.900 | – | 1.000 | 0.960 / 0.980 | 400 |" in text
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nz\n")
     assert "- **x**: `make demo`, a laptop, 2025-01-31, torch 2.13. 1.0 minutes after the installation" in text
     assert update.fill(text, {"demo": report, "demo-long": longer, "x": report}) == text
