@@ -52,8 +52,9 @@ def attention(
     if chosen == "reference":
         return attention_reference(q, k, v, mask, scale)
     if chosen == "triton":  # imported here: not everywhere is triton installed
-        if mask is not None and mask.lengths is not None:
-            return decode_attention(q, k, v, mask.lengths.clamp(min=0), scale=scale, backend="triton")
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if mask is not None and mask.lengths is not None and not grad and q.shape[1] // k.shape[1] <= 128:
+            return decode_attention(q, k, v, mask.lengths.clamp(0, k.shape[2]), scale=scale, backend="triton")
         from onevocab.kernels import attention_triton
 
         if mask is None:

@@ -2,7 +2,6 @@
 with torch as custom operators: shapes for tracing, a backward pass, FLOPs.
 """
 
-import contextlib
 import math
 
 import torch
@@ -12,15 +11,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from onevocab.kernels import tuning
 from onevocab.kernels.attention_kernels_triton import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from onevocab.kernels.backend import on_device
 from onevocab.kernels.mask import IntervalMask, visible_pairs
 
 CONFIG = ("block_q", "block_k", "num_warps", "num_stages")  # the order in which a config travels through the ops
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
-
-
-def _on(x: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _like(x: Tensor) -> Tensor:
@@ -43,6 +38,7 @@ def _sizes(q: Tensor, k: Tensor, intervals: Tensor, config: list[int]) -> dict:
 
 
 @torch.library.custom_op("onevocab::attention", mutates_args=())
+@on_device
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, plan: Tensor, plan_dq: Tensor, plan_dkdv: Tensor,
     scale: float, configs: list[int],
@@ -51,12 +47,11 @@ def attention_op(
     q, k, v = (_rows_of(x) for x in (q, k, v))
     (batch, heads, length, _), out = q.shape, _like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    with _on(q):
-        forward_kernel[(plan.shape[1], heads, batch)](
-            q, k, v, out, lse, intervals, plan, scale / math.log(2), length, k.shape[2],
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            **_sizes(q, k, intervals, configs[:4]),
-        )  # fmt: skip
+    forward_kernel[(plan.shape[1], heads, batch)](
+        q, k, v, out, lse, intervals, plan, scale / math.log(2), length, k.shape[2],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        **_sizes(q, k, intervals, configs[:4]),
+    )  # fmt: skip
     return out, lse
 
 
@@ -66,6 +61,7 @@ def _(q, k, v, intervals, plan, plan_dq, plan_dkdv, scale, configs):
 
 
 @torch.library.custom_op("onevocab::attention_backward", mutates_args=())
+@on_device
 def attention_backward_op(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, intervals: Tensor, plan_dq: Tensor,
     plan_dkdv: Tensor, scale: float, configs: list[int],
@@ -75,19 +71,18 @@ def attention_backward_op(
     batch, heads, length, dim = q.shape
     dq, dk, dv, delta = _like(q), _like(k), _like(v), torch.empty_like(lse)
     strides = [step for x in (q, k, v, grad) for step in x.stride()[:3]]
-    with _on(q):
-        delta_kernel[(triton.cdiv(length, 64), heads, batch)](
-            out, grad, delta, length, *out.stride()[:3], *grad.stride()[:3],
-            D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_Q=64,
-        )  # fmt: skip
-        dkdv_kernel[(plan_dkdv.shape[1], k.shape[1], batch)](
-            q, k, v, grad, lse, delta, dk, dv, intervals, plan_dkdv, scale, scale / math.log(2), length, k.shape[2],
-            *strides, *dk.stride()[:3], *dv.stride()[:3], **_sizes(q, k, intervals, configs[8:]),
-        )  # fmt: skip
-        dq_kernel[(plan_dq.shape[1], heads, batch)](
-            q, k, v, grad, lse, delta, dq, intervals, plan_dq, scale, scale / math.log(2), length, k.shape[2],
-            *strides, *dq.stride()[:3], **_sizes(q, k, intervals, configs[4:8]),
-        )  # fmt: skip
+    delta_kernel[(triton.cdiv(length, 64), heads, batch)](
+        out, grad, delta, length, *out.stride()[:3], *grad.stride()[:3],
+        D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_Q=64,
+    )  # fmt: skip
+    dkdv_kernel[(plan_dkdv.shape[1], k.shape[1], batch)](
+        q, k, v, grad, lse, delta, dk, dv, intervals, plan_dkdv, scale, scale / math.log(2), length, k.shape[2],
+        *strides, *dk.stride()[:3], *dv.stride()[:3], **_sizes(q, k, intervals, configs[8:]),
+    )  # fmt: skip
+    dq_kernel[(plan_dq.shape[1], heads, batch)](
+        q, k, v, grad, lse, delta, dq, intervals, plan_dq, scale, scale / math.log(2), length, k.shape[2],
+        *strides, *dq.stride()[:3], **_sizes(q, k, intervals, configs[4:8]),
+    )  # fmt: skip
     return dq, dk, dv
 
 
@@ -99,9 +94,12 @@ def _(grad, q, k, v, out, lse, intervals, plan_dq, plan_dkdv, scale, configs):
 def _save(ctx, inputs, output):
     q, k, v, intervals, _, plan_dq, plan_dkdv, ctx.scale, ctx.configs = inputs
     ctx.save_for_backward(q, k, v, *output, intervals, plan_dq, plan_dkdv)
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
     return (*attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.configs), *[None] * 6)
 
 

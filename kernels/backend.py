@@ -8,10 +8,14 @@ In this order: the argument `backend`, the environment variable ONEVOCAB_KERNELS
 triton is installed and supports the inputs, torch for everything else.
 """
 
+import contextlib
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
@@ -43,18 +47,19 @@ def choose(operation: str, *tensors: Tensor, backend: str | None = None, unsuppo
     unsupported says why Triton cannot take these inputs, None when it can. Raises ValueError when tensors lie on
     several devices, for an unknown name, and when Triton is asked for where it cannot run.
     """
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) != 1:
+    device = tensors[0].device if tensors else None
+    if device is None or any(tensor.device != device for tensor in tensors[1:]):
+        devices = sorted({str(tensor.device) for tensor in tensors})
         raise ValueError(f"{operation}: tensors on {' and '.join(devices) or 'no device'}, not on one device")
     asked, why = backend, "the argument backend"
     if asked is None and os.environ.get(VARIABLE):
         asked, why = os.environ[VARIABLE], f"the environment variable {VARIABLE}"
-    on_cuda = devices[0].startswith("cuda")
+    on_cuda = device.type == "cuda"
     obstacle = None
     if not _HAS_TRITON:
         obstacle = "triton is not installed"
     elif not on_cuda and not interpreting():
-        obstacle = f"the tensors are on {devices[0]}, and TRITON_INTERPRET=1 is not set"
+        obstacle = f"the tensors are on {device}, and TRITON_INTERPRET=1 is not set"
     elif unsupported:
         obstacle = unsupported
     if asked is not None:
@@ -64,8 +69,19 @@ def choose(operation: str, *tensors: Tensor, backend: str | None = None, unsuppo
             raise ValueError(f"{operation}: {why} asks for triton, but {obstacle}")
         choice = Choice(asked, why)
     elif on_cuda and obstacle is None:
-        choice = Choice("triton", f"tensors on {devices[0]}")
+        choice = Choice("triton", f"tensors on {device}")
     else:
-        choice = Choice("torch", obstacle if on_cuda else f"tensors on {devices[0]}")
+        choice = Choice("torch", obstacle if on_cuda else f"tensors on {device}")
     _last[operation] = choice
     return choice.backend
+
+
+def on_device(launch: Callable) -> Callable:
+    """Triton launches on the current device: for the call it becomes the first argument's."""
+
+    @functools.wraps(launch)
+    def run(first: Tensor, *others, **options):
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return launch(first, *others, **options)
+
+    return run

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onevocab.kernels import tuning
+from onevocab.kernels.backend import on_device
 from onevocab.kernels.cross_entropy import rows_that_count, scale_
 from onevocab.kernels.elementwise_triton import INTERPRET, rounded
 
@@ -66,6 +67,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: 
 
 
 @torch.library.custom_op("onevocab::linear_cross_entropy", mutates_args=())
+@on_device
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float, chunk: int,
     need_hidden: bool, need_weight: bool,
@@ -104,9 +106,12 @@ def _(hidden, weight, targets, weights, z_loss, chunk, need_hidden, need_weight)
 def _keep(ctx, inputs, output):
     ctx.needed = inputs[-2:]
     ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)  # else zeros as large as d weight are made for the outputs that nobody uses
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
     kept = (scale_(each.detach(), grad) if need else None
             for each, need in zip(ctx.saved_tensors, ctx.needed, strict=True))  # fmt: skip
     return *kept, *(None,) * 6

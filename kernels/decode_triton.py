@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onevocab.kernels import tuning
+from onevocab.kernels.backend import on_device
 from onevocab.kernels.elementwise_triton import INTERPRET, rounded
 
 NOTHING = tl.constexpr(-1.0e30)  # a finite log-sum-exp of no keys at all
@@ -103,6 +104,7 @@ def parts_for(pairs: int, n_keys: int, block: int, device: torch.device) -> int:
 
 
 @torch.library.custom_op("onevocab::decode_attention", mutates_args=())
+@on_device
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, block_table: Tensor | None, scale: float
 ) -> Tensor:

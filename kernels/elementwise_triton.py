@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onevocab.kernels import tuning
+from onevocab.kernels.backend import on_device
 
 INTERPRET = bool(triton.knobs.runtime.interpret)  # the tests' interpreter, whose bfloat16 arithmetic is wrong
 
@@ -183,17 +184,20 @@ def _launch_rms(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
 
 
 @torch.library.custom_op("onevocab::rms_norm", mutates_args=())
+@on_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch_rms(x, weight, eps, None)[0]
 
 
 @torch.library.custom_op("onevocab::add_rms_norm", mutates_args=())
+@on_device
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (normed, x + residual)"""
     return _launch_rms(x, weight, eps, residual)
 
 
 @torch.library.custom_op("onevocab::rms_norm_backward", mutates_args=())
+@on_device
 def rms_norm_backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -256,6 +260,7 @@ add_rms_norm.register_autograd(_add_rms_norm_grad, setup_context=_keep_add_rms)
 
 
 @torch.library.custom_op("onevocab::qk_norm_rope", mutates_args=())
+@on_device
 def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     x, weight, cos, sin = (each.contiguous() for each in (x, weight, cos, sin))
     heads, half = x.shape[2], x.shape[3] // 2
@@ -267,6 +272,7 @@ def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 
 
 @torch.library.custom_op("onevocab::qk_norm_rope_backward", mutates_args=())
+@on_device
 def qk_norm_rope_backward(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -305,6 +311,7 @@ qk_norm_rope.register_autograd(_qk_norm_rope_grad, setup_context=_keep_rope)
 
 
 @torch.library.custom_op("onevocab::swiglu", mutates_args=())
+@on_device
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     n, out = gate.numel(), torch.empty_like(up)
@@ -314,6 +321,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("onevocab::swiglu_backward", mutates_args=())
+@on_device
 def swiglu_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """-> (d gate, d up)"""
     grad, gate, up = (each.contiguous() for each in (grad, gate, up))

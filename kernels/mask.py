@@ -59,6 +59,8 @@ class IntervalMask:
             row, at = (used & ~found).nonzero()[0].tolist()
             raise ValueError(f"shared_prefix: position {at} of row {row} names prefix {int(prefix[row, at])}, "
                              "which is not in that row")
+        if document.device.type == "cpu" and bool((found & (prefix == document)).any()):
+            mask.document = None  # sees itself in full: the intervals overlap, the dense way counts once
         limit = document.shape[1] - 1
         mask.prefix_first = order.gather(1, begin.clamp(max=limit)).masked_fill(~found, 1).int()
         mask.prefix_last = order.gather(1, (end - 1).clamp(min=0)).masked_fill(~found, 0).int()

@@ -77,6 +77,8 @@ def config(operation: str, width: int, dtype: torch.dtype, device: torch.device)
     Raises ValueError when the table has no row: an unknown operation, or a width or element size beyond it.
     """
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if capability == 12:  # consumer Blackwell: shared memory as on Ampere, no warpgroup products
+        capability = 8
     found, best = None, (0, 0)
     for (name, widest, size, major), row in TABLE.items():
         if name == operation and size in (0, dtype.itemsize) and widest >= width and major <= capability:

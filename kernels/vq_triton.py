@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onevocab.kernels import tuning
+from onevocab.kernels.backend import on_device
 
 
 @triton.jit
@@ -39,6 +40,7 @@ def nearest(
 
 
 @torch.library.custom_op("onevocab::vq_assign", mutates_args=())
+@on_device
 def vq_assign(latents: Tensor, codebook: Tensor) -> Tensor:
     latents, codebook = latents.contiguous(), codebook.contiguous()
     (n, dim), n_codes = latents.shape, len(codebook)

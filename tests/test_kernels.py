@@ -300,3 +300,9 @@ def test_elementwise_kernels():
     no_worse(swiglu, swiglu_reference, torch.randn(5, 64) * 4, torch.randn(5, 64))
     with torch.no_grad():
         torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+
+
+def test_a_document_that_sees_itself_in_full_counts_each_key_once():
+    document = torch.tensor([[0] * 7 + [1] * 9 + [-1] * 2])
+    mask = IntervalMask.shared_prefix(document, document)
+    no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask), *qkv(1, 4, 2, 18, 18, 16))
