@@ -47,7 +47,7 @@ bench: $(VENV)/.dev
 
 # No set-up: a bare CUDA image with torch, triton and numpy is enough.
 bench-gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

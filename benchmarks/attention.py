@@ -8,6 +8,8 @@ backward, whatever a provider computes beside them.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,42 +48,68 @@ def in_pieces(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None) -> Ten
     exist for one head only."""
     groups = q.shape[1] // k.shape[1]
 
-    def one(row: int, head: int) -> Tensor:
-        part = slice(row, row + 1)
+    def row(part: slice) -> Tensor:
         small = mask and IntervalMask(*(x if x is None else x[part] for x in (
-            mask.first, mask.last, mask.prefix_first, mask.prefix_last)))
-        key = slice(head // groups, head // groups + 1)
-        heads = q[part, head : head + 1], k[part, key], v[part, key]
-        return checkpoint(attention_reference, *heads, small, use_reentrant=False)
+            mask.first, mask.last, mask.prefix_first, mask.prefix_last)))  # its dense form is made once for all heads
+        heads = []
+        for h in range(q.shape[1]):
+            key = slice(h // groups, h // groups + 1)
+            one = q[part, h : h + 1], k[part, key], v[part, key]
+            heads.append(checkpoint(attention_reference, *one, small, use_reentrant=False))
+        return torch.cat(heads, 1)
 
-    return torch.cat([torch.cat([one(b, h) for h in range(q.shape[1])], 1) for b in range(len(q))])
+    return torch.cat([row(slice(b, b + 1)) for b in range(len(q))])
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """torch.compile with room for all presets' shapes: beyond its limit of recompilations it goes on uncompiled."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, dynamic=False, **options)
 
 
 @functools.cache
 def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention, fullgraph=True)
 
 
 @functools.cache
 def compiled_block_mask():
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return torch.compile(create_block_mask, dynamic=False)
+    return compiled(create_block_mask)
 
 
-def flex(mask: IntervalMask, rows: int, length: int):
-    """FlexAttention (Dong et al. 2024), compiled; its block mask is built from the same intervals."""
+def causal(b, h, i, j):
+    return i >= j
+
+
+def within(document: Tensor) -> Callable:
+    """Causal within documents, as FlexAttention's own examples write it."""
+    return lambda b, h, i, j: (i >= j) & (document[b, i] == document[b, j])
+
+
+def windowed(document: Tensor, window: int, sinks: int) -> Callable:
+    """The last `window` keys of the document and its first `sinks`; ids of a row ascend."""
+    start = torch.searchsorted(document, document)
+    position = torch.arange(document.shape[1], device=document.device) - start
+    return lambda b, h, i, j: ((i >= j) & (document[b, i] == document[b, j])
+                               & ((i - j < window) | (position[b, j] < sinks)))
+
+
+def intervals(mask: IntervalMask) -> Callable:
+    """Our two intervals: for what has no shorter way to say it."""
     first, last, second_first, second_last = mask.first, mask.last, mask.prefix_first, mask.prefix_last
+    return lambda b, h, i, j: ((j >= first[b, i]) & (j <= last[b, i])) | (
+        (j >= second_first[b, i]) & (j <= second_last[b, i]))
 
-    def visible(b, h, i, j):
-        seen = (j >= first[b, i]) & (j <= last[b, i])
-        if second_first is not None:
-            seen = seen | ((j >= second_first[b, i]) & (j <= second_last[b, i]))
-        return seen
 
-    blocks = compiled_block_mask()(visible, rows, None, length, length, device=str(first.device))
+def flex(visible: Callable, rows: int | None, length: int, device: torch.device):
+    """FlexAttention (Dong et al. 2024), compiled. rows: None when all rows have the same mask."""
+    blocks = compiled_block_mask()(visible, rows, None, length, length, device=str(device))
     return lambda q, k, v: compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -118,11 +146,15 @@ def variable_length(document: Tensor):
     lengths = flat.flatten().unique_consecutive(return_counts=True)[1]
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
+    groups_known = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12
 
     def call(q, k, v):
-        rows, length = q.shape[0], q.shape[2]
+        rows, length, groups = q.shape[0], q.shape[2], q.shape[1] // k.shape[1]
+        options = {"enable_gqa": groups > 1} if groups_known else {}
+        if not groups_known and groups > 1:
+            k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(*flat, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        out = varlen_attn(*flat, ends, ends, longest, longest, window_size=(-1, 0), **options)
         return out.unflatten(0, (rows, length)).transpose(1, 2)
 
     return call
@@ -152,10 +184,15 @@ def build(kind: str):
 
         def ours():
             fresh = mask()
+            if fresh is None and device.type == "cuda":  # else each call makes its own
+                fresh = IntervalMask.causal(document)
             return lambda q, k, v: attention(q, k, v, fresh)
 
         def flexible():
-            return flex(mask() or IntervalMask.causal(document), rows, length)
+            visible = {"causal": lambda: causal, "packed": lambda: within(document),
+                       "window": lambda: windowed(document, shape["window"], shape["sinks"]),
+                       "shared": lambda: intervals(mask())}[kind]()
+            return flex(visible, None if kind == "causal" else rows, length, device)
 
         providers = {harness.OURS: ours, FLEX: flexible}
         if kind == "causal":

@@ -17,6 +17,7 @@ from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.kernels.decode import decode_attention, decode_attention_reference, gather_pages, visible_keys
 
 SDPA, SDPA_GROUPED = "SDPA, mask of lengths", "SDPA, mask of lengths, heads as queries"
+SDPA_PLAIN = "SDPA without a mask"  # where all rows have the whole context
 
 
 def sdpa(lengths: torch.Tensor, grouped: bool, table: torch.Tensor | None, n_keys: int):
@@ -33,6 +34,10 @@ def sdpa(lengths: torch.Tensor, grouped: bool, table: torch.Tensor | None, n_key
         return F.scaled_dot_product_attention(queries, k, v, visible).reshape(q.shape)
 
     return call
+
+
+def without_mask(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def flex(lengths: torch.Tensor, rows: int, n_keys: int):
@@ -71,6 +76,8 @@ def build(page: int | None):
         }
         if not page:
             providers[FLEX] = lambda: flex(lengths, rows, context)
+            if bool((lengths == context).all()):
+                providers[SDPA_PLAIN] = lambda: without_mask
         definition = functools.partial(definition_by_row, lengths=lengths, table=table)
         keys = int(lengths.sum())
         moved = dtype.itemsize * dim * (2 * kv_heads * keys + 2 * rows * heads)
@@ -99,7 +106,7 @@ FULL = {"rows": 64, "context": 8192}
 PRESETS = {
     "long": Preset(
         "one row with a long context", build(None), {"cpu": CPU, "cuda": GPU, "tiny": TINY | {"rows": 1}},
-        {"cuda": [Target("time", "forward", (SDPA, SDPA_GROUPED), at_least=2.0)]},
+        {"cuda": [Target("time", "forward", (SDPA, SDPA_GROUPED, SDPA_PLAIN), at_least=2.0)]},
     ),
     "batch": Preset(
         "many rows of different lengths", build(None),

@@ -12,7 +12,7 @@ definition and its costs. For each preset:
 """
 
 import argparse
-import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -70,6 +70,7 @@ class Work:
     compared: Callable = lambda outputs, inputs: outputs  # what of the outputs is compared
     notes: list[str] = field(default_factory=list)
     operations: tuple[str, ...] = ()  # of ours, for saying which backend ran
+    roundings: int = 1  # of the largest value: an error of so many is allowed though the definition made none
 
 
 @dataclass
@@ -107,7 +108,7 @@ def weights_like(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def differentiated(call: Callable, inputs: tuple[Tensor, ...], differentiable: int) -> tuple[Tensor, ...]:
     """Outputs, and gradients of the first inputs."""
     leaves = leaves_of(inputs, differentiable)
-    outputs = tuple(x for x in as_tuple(call(*leaves)))
+    outputs = as_tuple(call(*leaves))
     if not differentiable:
         return outputs
     smooth = [x for x in outputs if x.requires_grad]
@@ -122,27 +123,49 @@ def values(work: Work, call: Callable, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return *as_tuple(work.compared(found[:n] if n > 1 else found[0], inputs)), *found[n:]
 
 
+def require_triton(operations: tuple[str, ...]) -> None:
+    """On a GPU what is called ours must be the Triton kernels, not torch's way."""
+    for name, choice in chosen().items():
+        if name in operations and choice.backend != "triton":
+            raise UserError(f"{name} ran as {choice.backend} ({choice.reason}), not as triton: nothing was timed")
+
+
+def bounds_of(work: Work, inputs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """For each compared value the largest error allowed: twice that of the definition in working precision."""
+    bounds = []
+    for value, definition in zip(exact, values(work, work.definition, inputs), strict=True):
+        kind = definition.dtype if definition.is_floating_point() else torch.float32
+        if kind == torch.float64 and inputs[0].is_floating_point():
+            kind = inputs[0].dtype  # compared in float64, computed from these
+        tiny = work.roundings * torch.finfo(kind).eps * value.abs().max()
+        bounds.append((2 * (definition.double() - value).abs().max() + tiny).item())
+    if not all(map(math.isfinite, bounds)):
+        raise UserError("the definition is not finite in this precision, no bound can be drawn; nothing was timed")
+    return bounds
+
+
 def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) -> dict[str, dict]:
     """provider -> its worst error over the bound, and why it failed if it did. Raises UserError when ours is wrong."""
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     exact = values(work, work.definition, wide)
     del wide
-    plain = values(work, work.definition, inputs)
-    bounds = []
-    for value, definition in zip(exact, plain, strict=True):
-        kind = definition.dtype if definition.is_floating_point() else torch.float32
-        tiny = torch.finfo(kind).eps * value.abs().max()
-        bounds.append(2 * (definition.double() - value).abs().max() + tiny)
-    del plain
+    bounds = bounds_of(work, inputs, exact)
+    outputs = len(exact) - work.differentiable
+    labels = [f"output {i}" if i < outputs else f"the gradient of input {i - outputs}" for i in range(len(exact))]
     report: dict[str, dict] = {}
     for name, call in calls.items():
-        note = {}
+        note, found = {}, None
         try:
             found = values(work, call, inputs)
+            if name == OURS and inputs[0].device.type == "cuda":
+                require_triton(work.operations)
         except Exception as error:  # a peer that cannot do this, in whatever way; perhaps it can without gradients
             if name == OURS:
                 raise
             note = {"forward only": first_line(error)}
+        if note:  # outside of the except: its traceback keeps the failed call's tensors
+            if inputs[0].device.type == "cuda":
+                torch.cuda.empty_cache()
             try:
                 with torch.no_grad():
                     found = as_tuple(work.compared(call(*inputs), inputs))
@@ -150,13 +173,15 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
                 report[name] = {"failed": note["forward only"]}
                 continue
         # one that is forward only has fewer values: the gradients, which come last, are missing
-        worst = max(((got.double() - value).abs().max() / bound.clamp(min=1e-300)).nan_to_num(nan=float("inf")).item()
-                    for got, value, bound in zip(found, exact, bounds, strict=not note))
+        errors = [(got.double() - value).abs().max().item() / max(bound, 1e-300)
+                  for got, value, bound in zip(found, exact, bounds, strict=not note)]
+        worst, label = max((math.inf if math.isnan(error) else error, label)
+                           for error, label in zip(errors, labels[: len(errors)], strict=True))
         report[name] = {"worst_error_over_bound": worst, **note}
         del found
         if worst > 1:
             if name == OURS:
-                raise UserError(f"ours is wrong: an error of {worst:.2f} times the bound; nothing was timed")
+                raise UserError(f"ours is wrong: {label} is off by {worst:.2f} times the bound; nothing was timed")
             report[name]["failed"] = f"wrong by {worst:.1f} times the bound"
     return report
 
@@ -166,7 +191,7 @@ def first_line(error: BaseException) -> str:
 
 
 def step_calls(work: Work, step: str, prepare: Callable, call: Callable, sets: list) -> Callable[[int], object]:
-    """The function of the repetition's number that is timed."""
+    """The function of the repetition's number that is timed; its attribute `before`, if any, runs before the clock."""
     def forward(i):
         with torch.no_grad():
             return call(*sets[i % len(sets)])
@@ -182,13 +207,21 @@ def step_calls(work: Work, step: str, prepare: Callable, call: Callable, sets: l
     probe = [x for x in as_tuple(call(*leaves[0])) if x.requires_grad]
     above = weights_like(tuple(x.detach() for x in probe))
 
-    def gradients(outputs, i, **options):
+    def gradients(outputs, i):
         smooth = [x for x in as_tuple(outputs) if x.requires_grad]
-        return torch.autograd.grad(smooth, leaves[i][: work.differentiable], above, **options)
+        return torch.autograd.grad(smooth, leaves[i][: work.differentiable], above)
 
     if step == "backward":
-        graphs = [call(*one) for one in leaves]
-        return lambda i: gradients(graphs[i % len(graphs)], i % len(graphs), retain_graph=True)
+        graph = []
+
+        def before(i):  # a graph serves once: compiled ones give away what they saved, whatever they are asked to keep
+            graph[:] = [call(*leaves[i % len(sets)])]
+
+        def backward(i):
+            return gradients(graph.pop(), i % len(sets))
+
+        backward.before = before
+        return backward
     if step == "both":
         return lambda i: gradients(call(*leaves[i % len(sets)]), i % len(sets))
     return lambda i: gradients(prepare()(*leaves[i % len(sets)]), i % len(sets))
@@ -206,7 +239,9 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
             continue
         try:
             calls[name] = prepare()
-        except (Unavailable, ImportError, AttributeError, RuntimeError, NotImplementedError) as error:
+        except Exception as error:
+            if name == OURS:
+                raise
             missing[name] = str(error) if isinstance(error, Unavailable) else first_line(error)
     first = work.inputs()
     copies = 1 if just_check else max(1, min(8, -(-2 * measure.cache_bytes(device) // max(measure.size(*first), 1))))
@@ -223,6 +258,7 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
                 continue
             try:
                 ready[name] = step_calls(work, step, work.providers[name], call, sets)
+                measure.prepare(ready[name], 0)
                 ready[name](0)
             except Exception as error:
                 if name == OURS:
@@ -235,7 +271,7 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
             ratios = [theirs / ours for theirs, ours in zip(taken, times[OURS], strict=True)]
             row |= {"times_ours": statistics.median(ratios), "flops": cost.flops, "bytes": cost.bytes,
                     "flops_per_second": cost.flops / row["seconds"], "bytes_per_second": cost.bytes / row["seconds"],
-                    "peak_bytes": measure.peak_memory(functools.partial(ready[name], 0), device)}
+                    "peak_bytes": measure.peak_memory(ready[name], device)}
             result["rows"].append(row)
         ready.clear()
     return result

@@ -12,7 +12,8 @@ from torch import Tensor
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts a CPU's memory, writes to stderr
 
-SLEEP_CYCLES = 1_000_000  # a GPU that sleeps for about half a millisecond lets the CPU run ahead with its launches
+# A GPU that sleeps lets the CPU run ahead with its launches: at least half a millisecond, at most 20, at 2 GHz.
+CLOCK, SLEEP_LEAST, SLEEP_MOST = 2e9, 1_000_000, 40_000_000
 
 
 def size(*tensors: Tensor) -> int:
@@ -32,17 +33,36 @@ def cache_bytes(device: torch.device) -> int:
     return 32 << 20
 
 
-def time_once(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call. On a GPU between two events, the queue kept full so that launching is not what is timed
-    (except for calls that wait for the GPU themselves)."""
+def prepare(call: Callable[[int], object], i: int) -> None:
+    """What a call needs done before the clock starts: its attribute `before`, if it has one."""
+    getattr(call, "before", lambda i: None)(i)
+
+
+def sleep_cycles(call: Callable[[int], object], device: torch.device) -> int:
+    """How long the GPU has to sleep to hide the launches of this call: 1.5 times what they take. 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    prepare(call, 0)
+    synchronize(device)
+    begin = time.perf_counter()
+    call(0)
+    cycles = 1.5 * CLOCK * (time.perf_counter() - begin)
+    synchronize(device)
+    return int(min(max(cycles, SLEEP_LEAST), SLEEP_MOST))
+
+
+def time_once(call: Callable[[int], object], i: int, device: torch.device, sleep: int = SLEEP_LEAST) -> float:
+    """Seconds of call(i). On a GPU between two events, the queue kept full by a sleep of so many cycles, so that
+    launching is not what is timed (except for calls that wait for the GPU themselves)."""
+    prepare(call, i)
     if device.type == "cpu":
         begin = time.perf_counter()
-        call()
+        call(i)
         return time.perf_counter() - begin
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SLEEP_CYCLES)
+    torch.cuda._sleep(sleep)
     begin.record()
-    call()
+    call(i)
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
@@ -55,13 +75,15 @@ def time_all(calls: dict[str, Callable[[int], object]], device: torch.device, se
     meets all of them alike. Between 3 and `most` repetitions, as many as fit into `seconds`.
     """
     for call in calls.values():  # the first call compiles, tunes, and fills allocators
+        prepare(call, 0)
         call(0)
     synchronize(device)
+    sleeps = {name: sleep_cycles(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for i in range(most):
         for name in list(calls)[:: 1 if i % 2 else -1]:
-            times[name].append(time_once(lambda name=name, i=i: calls[name](i), device))
+            times[name].append(time_once(calls[name], i, device, sleeps[name]))
         spent = time.perf_counter() - begin
         if i >= 2 and spent + spent / (i + 1) > seconds:
             break
@@ -75,24 +97,25 @@ def summary(times: list[float]) -> dict:
             "quartiles": [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]}
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that the call allocates at its peak beyond what was allocated before it; its results count.
+def peak_memory(call: Callable[[int], object], device: torch.device) -> int:
+    """Bytes that call(0) allocates at its peak beyond what was allocated before it; its results count.
 
     From torch's allocators: the GPU's own statistics, or the CPU's as the profiler sees them (scratch space inside a
     matmul library is not among them).
     """
+    prepare(call, 0)
     gc.collect()
     if device.type == "cuda":
         synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        call(0)
         synchronize(device)
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = call()
+        kept = call(0)
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     current = peak = 0
     for event in sorted(changes, key=lambda e: e.start_ns()):

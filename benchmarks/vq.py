@@ -2,7 +2,8 @@
 
     python -m benchmarks.vq --out vq.json
 
-Two codes can be equally near within rounding, so what is compared is not the index but its distance, in float64.
+Two codes can be equally near within rounding, so what is compared is not the index but its distance, in float64:
+it may be longer by a few roundings of the latents' precision.
 """
 
 import functools
@@ -53,7 +54,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
                  COMPILED: lambda: compiled()}
     cost = Cost(2 * n * dim * codes, (n + codes) * dim * dtype.itemsize + 8 * n)
     return Work(inputs, providers, in_pieces, {"forward": cost}, compared=distances,
-                operations=("vq_assign",))
+                operations=("vq_assign",), roundings=16)
 
 
 CPU = {"latents": 16384, "dim": 16, "codes": 4096}

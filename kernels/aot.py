@@ -56,13 +56,15 @@ def _attention(dim: int, dtype: torch.dtype, two: bool) -> None:
     _backward(attention(*(x.transpose(1, 2) for x in (q, k, v)), mask))
 
 
-def _decode(dim: int, dtype: torch.dtype, paged: bool) -> None:
+def _decode(dim: int, dtype: torch.dtype, paged: bool, parts: int | None = None) -> None:
+    """parts: into how many the keys are cut; on CPU tensors the launcher itself would cut little."""
     from onevocab.kernels.decode import decode_attention
 
     keys = torch.zeros(2 * 64, 2, 16, dim, dtype=dtype) if paged else torch.zeros(2, 2, 1024, dim, dtype=dtype)
     table = torch.arange(128, dtype=torch.int32).view(2, 64) if paged else None
     lengths = torch.full((2,), 1024, dtype=torch.int32)
-    decode_attention(torch.zeros(2, 8, 1, dim, dtype=dtype), keys, keys, lengths, table)
+    with tuning.forced(decode_attention={"PARTS": parts}) if parts else contextlib.nullcontext():
+        decode_attention(torch.zeros(2, 8, 1, dim, dtype=dtype), keys, keys, lengths, table)
 
 
 def _cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
@@ -106,6 +108,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         ("attention", _attention, (64, 128), ("bf16",), {"": (False,), "-two": (True,)}),
         ("attention", _attention, (128,), ("fp16", "fp32"), {"-two": (True,)}),
         ("decode", _decode, (64, 128, 256), ("bf16",), {"": (False,), "-paged": (True,)}),
+        ("decode", _decode, (128,), ("bf16",), {"-parts": (False, 64)}),  # as a GPU would cut a long context
         ("decode", _decode, (128, 256), ("fp32",), {"": (False,)}),
         ("cross_entropy", _cross_entropy, (4096, 32768), ("bf16", "fp32"), {"": ()}),
         ("rms_norm", _rms_norm, (256, 1024, 2048, 4096, 16384), ("bf16",), {"": (False,)}),

@@ -1,7 +1,9 @@
 """Kernels compile for GPUs that are not there, and need of the chip what the committed table says."""
 
+import functools
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,11 @@ from conftest import run_command
 
 from onevocab.kernels import aot, tuning
 
-TABLE = json.loads((Path(__file__).resolve().parent.parent / "docs" / "kernels-aot.json").read_text())
+
+@functools.cache
+def committed() -> dict:
+    return json.loads((Path(__file__).resolve().parent.parent / "docs" / "kernels-aot.json").read_text())
+
 
 needs_triton = pytest.mark.skipif(
     not aot.backend._HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1",
@@ -23,15 +29,19 @@ def compare(name: str, target: int) -> None:
 
     rows = aot.in_process(name, target)
     assert aot.problems({name: {str(target): rows}}) == []
-    if triton.__version__ == TABLE["triton"]:
-        assert rows == TABLE["cases"][name][str(target)], (
+    table = committed()
+    if triton.__version__ != table["triton"]:
+        warnings.warn(f"triton {triton.__version__} is installed, docs/kernels-aot.json is of {table['triton']}: only "
+                      "its rules are checked", stacklevel=2)
+    else:
+        assert rows == table["cases"][name][str(target)], (
             f"{name} for sm_{target} is not what docs/kernels-aot.json says; when that is meant, make the table anew: "
             "python -m onevocab.kernels.aot --out docs/kernels-aot.json"
         )
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["attention-128-bf16-two", "decode-128-bf16-paged", "cross_entropy-32768-bf16"])
+@pytest.mark.parametrize("name", [*aot.MAIN, "decode-128-bf16-paged", "cross_entropy-32768-bf16"])
 def test_compiles_as_the_table_says(name):
     compare(name, 90)
 
@@ -45,11 +55,12 @@ def test_every_case_compiles_as_the_table_says(name, target):
 
 
 def test_table_is_complete_and_keeps_the_rules():
-    assert list(TABLE["cases"]) == list(aot.CASES) and TABLE["main"] == list(aot.MAIN)
-    for name, targets in TABLE["cases"].items():
+    table = committed()
+    assert list(table["cases"]) == list(aot.CASES) and table["main"] == list(aot.MAIN)
+    for name, targets in table["cases"].items():
         assert set(targets) == {str(target) for target in aot.TARGETS}, name
         assert all(targets.values()), f"{name} launches no kernel"
-    assert aot.problems(TABLE["cases"]) == []
+    assert aot.problems(table["cases"]) == []
 
 
 def test_rules_are_noticed():

@@ -14,6 +14,7 @@ from conftest import ROOT, run_command
 from benchmarks import harness, measure, plot
 from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.common.errors import UserError
+from onevocab.kernels.backend import Choice
 
 NAMES = ("attention", "cross_entropy", "decode", "norms", "shared_prefix", "vq")
 CPU = torch.device("cpu")
@@ -60,17 +61,132 @@ def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
         import runpy, sys
         sys.meta_path = [f for f in sys.meta_path if "editable" not in (getattr(f, "__module__", "") or "").lower()
                          and "editable" not in repr(f).lower()]
+        sys.path = [entry for entry in sys.path if "__editable__" not in entry]
+        sys.path_importer_cache.clear()
         for name in ("pydantic", "matplotlib", "tyro", "transformers"):
             sys.modules[name] = None
         sys.argv = ["gpu", "--device", "cpu", "--tiny", "--out", {str(tmp_path)!r}]
         runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
+        import onevocab
+        assert list(onevocab.__path__) == [{str(ROOT)!r}], onevocab.__path__
     """)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr[-4000:]
     written = {path.name for path in tmp_path.iterdir()}
-    assert {f"{name}-cpu.{kind}" for name in NAMES if name != "shared_prefix" for kind in ("json", "md")} <= written
-    assert "shared_prefix questions: " in (tmp_path / "targets-cpu.md").read_text()
+    kinds = ("json", "md")
+    assert {f"{name}-cpu-tiny.{kind}" for name in NAMES if name != "shared_prefix" for kind in kinds} <= written
+    assert "shared_prefix questions: " in (tmp_path / "targets-cpu-tiny.md").read_text()
+
+
+class Replaced(Exception):
+    """Stands for the process that os.execv would have replaced."""
+
+
+def test_a_lost_gpu_goes_on_in_a_new_process(tmp_path, monkeypatch):
+    from benchmarks import gpu
+
+    commands = []
+
+    def execv(path, command):
+        commands.append(command)
+        raise Replaced
+
+    def run(*args, **kwargs):
+        raise RuntimeError("illegal address")
+
+    monkeypatch.setattr(gpu, "alive", lambda device: False)
+    monkeypatch.setattr(gpu.os, "execv", execv)
+    monkeypatch.setattr(gpu.harness, "run", run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Replaced):
+        gpu.main(["--device", "cpu", "--tiny", "--json-only", "--start", "2", "--problem", "an older one", "--out",
+                  str(tmp_path)])
+    [command] = commands
+    assert command[1:3] == ["-m", "benchmarks.gpu"] and command[command.index("--start") + 1] == "3"
+    assert "--problem=an older one" in command and "--json-only" in command
+    assert "--problem=attention shared-prefix: RuntimeError: illegal address" in command
+    assert "illegal address" in (tmp_path / "targets-cpu-tiny.md").read_text()
+
+
+def test_nothing_measured_is_a_problem(tmp_path, monkeypatch, capsys):
+    from benchmarks import gpu
+
+    monkeypatch.setattr(gpu, "small_checks", lambda *_: ([], []))
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--device", "cpu", "--tiny", "--start", str(len(gpu.PLAN)), "--out", str(tmp_path)])
+    assert stop.value.code == 1 and "nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("summary,code,wrong", [("0 errors", 0, False), ("3 errors", 9, True), ("0 errors", 2, True)])
+def test_what_the_memory_checker_says(summary, code, wrong, tmp_path, monkeypatch):
+    from benchmarks import gpu
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    verdict, found = gpu.sanitize(30)
+    assert found == wrong and summary in verdict
+
+
+def test_a_nearly_as_near_code_passes_and_a_farther_one_does_not():
+    """Codes that float32 cannot tell apart may be exchanged; 1e-4 it can tell."""
+    from benchmarks import vq
+
+    def calls(gap):
+        codebook = torch.eye(4)[:2] * torch.tensor([[1.0], [1 + gap]])
+        latents = torch.zeros(3, 4)  # nearest to code 0
+        return (latents, codebook), {"ours": lambda x, c: torch.ones(3, dtype=torch.long)}
+
+    work = vq.build({"latents": 3, "dim": 4, "codes": 2}, CPU, torch.float32)
+    inputs, ours = calls(1.2e-7)
+    assert 0 < harness.check(work, ours, inputs)["ours"]["worst_error_over_bound"] <= 1
+    inputs, ours = calls(1e-4)
+    with pytest.raises(UserError, match="output 0"):
+        harness.check(work, ours, inputs)
+
+
+def test_ours_that_cannot_start_stops_the_benchmark():
+    def cannot():
+        raise RuntimeError("no kernel")
+
+    presets = addition()
+    build = presets["add"].build
+
+    def broken(*given):
+        work = build(*given)
+        work.providers["ours"] = cannot
+        return work
+
+    presets["add"].build = broken
+    with pytest.raises(RuntimeError, match="no kernel"):
+        harness.run("addition", presets, ["add"], CPU, just_check=True)
+
+
+def test_a_bound_that_is_not_finite_is_refused():
+    work = Work(lambda: (), {}, lambda x: x / 0, {})
+    with pytest.raises(UserError, match="not finite"):
+        harness.check(work, {"ours": lambda x: x}, (torch.ones(3),))
+
+
+def test_ours_on_a_gpu_must_be_triton(monkeypatch):
+    monkeypatch.setattr(harness, "chosen", lambda: {"attention": Choice("torch", "head dims"),
+                                                    "other": Choice("triton", "")})
+    harness.require_triton(("other",))
+    with pytest.raises(UserError, match="attention ran as torch .*nothing was timed"):
+        harness.require_triton(("attention", "other"))
+
+
+def test_backward_builds_its_graph_before_the_clock():
+    work = addition()["add"].build({"n": 5}, CPU, torch.float32)
+    backward = harness.step_calls(work, "backward", None, torch.mul, [work.inputs(), work.inputs()])
+    for i in range(3):
+        measure.prepare(backward, i)
+        assert len(backward(i)) == 2
+    with pytest.raises(IndexError):
+        backward(3)  # its graph is used up
+    assert len(measure.time_all({"ours": backward}, CPU, 0.01, 5)["ours"]) >= 3
 
 
 def addition(wrong: float = 0.0, broken: bool = False) -> dict[str, Preset]:
@@ -121,7 +237,7 @@ def test_targets_are_judged():
 
 def test_memory_is_what_a_call_allocates():
     kept = []
-    found = measure.peak_memory(lambda: kept.append((torch.ones(1 << 20) + 1).sum()), CPU)
+    found = measure.peak_memory(lambda i: kept.append((torch.ones(1 << 20) + 1).sum()), CPU)
     assert 2 * 4 << 20 <= found < 2.2 * 4 * 2**20
 
 
