@@ -22,7 +22,7 @@ VOICES = $$($(VENV)/bin/python -c "import espeakng_loader" 2>/dev/null || echo -
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo   trains a model on everything and writes its report (some twenty minutes on 2 cores)"
+	@echo "make demo   trains a model on everything and writes its report (a quarter of an hour on 2 cores)"
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
 	@echo "make bench  measures training speed beside transformers' Qwen3"

@@ -21,6 +21,7 @@ from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import provenance
 from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
+from onevocab.data.curriculum import Curriculum, Lesson
 from onevocab.data.demo import write_demo
 from onevocab.data.loader import PackedLoader
 from onevocab.data.shards import list_shards
@@ -121,7 +122,7 @@ class Run:
         Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
         two models in one folder.
         """
-        made_of = self._check()
+        records = self._check()
         self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
                               self.folder.name)
         if self.main:
@@ -130,29 +131,30 @@ class Run:
         for stage in self.stages:
             folder = self.folder / stage.name
             if not (folder / "done.json").exists():
-                self._run(stage, folder, made_of[stage.name])
+                self._run(stage, folder, records[stage.name])
 
     def _check(self) -> dict[str, dict]:
-        made_of, hashes = {}, {}
+        """Of each stage: what it is to be made of, and the hash of that."""
+        records: dict[str, dict] = {}
         for stage in self.stages:
-            made_of[stage.name] = {"settings": stage.settings, "inputs": {name: hashes[name] for name in stage.inputs}}
-            hashes[stage.name] = hash_json([stage.name, made_of[stage.name]])
-            for name in ("done.json", "started.json"):
-                path = self.folder / stage.name / name
-                found = read_json(path) if path.exists() else {"hash": hashes[stage.name]}
+            made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
+            record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
+            for path in (self.folder / stage.name / "done.json", self.folder / stage.name / "started.json"):
+                if not path.exists():
+                    continue
+                found = read_json(path)
                 if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
                     raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
-                if found.get("hash") != hashes[stage.name]:
-                    change = _difference(found.get("made_of", {}), made_of[stage.name])
-                    later = ", ".join(later.name for later in self.stages[self.stages.index(stage) + 1 :])
+                if found.get("hash") != record["hash"]:
+                    change = _difference(found.get("made_of", {}), made_of)
+                    later = ", ".join(later.name for later in self.stages[len(records) :])
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
-                                    f"use another --folder, or remove {self.folder / stage.name}"
+                                    f"use another --folder, or remove {path.parent}"
                                     + (f" and what follows from it ({later})" if later else ""))
         distributed.barrier()  # nobody writes before everybody has looked
-        return made_of
+        return records
 
-    def _run(self, stage: Stage, folder: Path, made_of: dict) -> None:
-        record = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
+    def _run(self, stage: Stage, folder: Path, record: dict) -> None:
         if self.main:
             print(f"--- {stage.name}", file=sys.stderr, flush=True)
             before = read_json(folder / "started.json")["seconds"] if (folder / "started.json").exists() else 0.0
@@ -251,11 +253,17 @@ class Run:
 
     def train_stage(self, name: str, settings: LanguageStage, init_from: str | None) -> None:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
-        sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in settings.sources]
-        loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
-                              self.config.seed)
-        if self.main:
-            print(f"{name}: {loader.summary()}", file=sys.stderr)
+
+        def read(sources) -> PackedLoader:
+            sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in sources]
+            loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
+                                  self.config.seed)
+            if self.main:
+                print(f"{name}: {loader.summary()}", file=sys.stderr)
+            return loader
+
+        lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
+        loader = Curriculum(read(settings.sources), lessons)
         decoder = Decoder(self.config.model, tokenizers.vocab.size).to(self.device)
         if init_from:
             steps = checkpoint.list_steps(self.folder / init_from)

@@ -66,6 +66,14 @@ def their_loss(model, batch: dict) -> torch.Tensor:
     return (nll * batch["weights"].flatten()).sum() / batch["weights"].sum()
 
 
+def backward(model, loss_of, batch: dict, precision: str) -> torch.Tensor:
+    """Forward and backward pass as `train.py` runs them; returns the loss."""
+    with autocast(precision, torch.device("cpu")):
+        loss = loss_of(model, batch)
+    loss.backward()
+    return loss
+
+
 def check(ours: Decoder, theirs, batch: dict, precision: str) -> dict:
     """Relative errors of loss and gradients against transformers in float64. Raises UserError when ours are not within
     twice transformers' own: then the two do not compute the same thing."""
@@ -75,10 +83,8 @@ def check(ours: Decoder, theirs, batch: dict, precision: str) -> dict:
     exact |= {name.removeprefix("model."): p.grad for name, p in oracle.named_parameters()}
     errors = {}
     for who, model, loss_of in (("ours", ours, our_loss), ("transformers", theirs, their_loss)):
-        with autocast(precision, torch.device("cpu")):
-            loss = loss_of(model, batch)
-        loss.backward()
-        found = {"loss": loss} | {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
+        found = {"loss": backward(model, loss_of, batch, precision)}
+        found |= {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
         relative = {name: ((found[name] - value).norm() / value.norm()).item() for name, value in exact.items()}
         errors[who] = {"loss": relative.pop("loss"), "gradient_worst": max(relative.values())}
         model.zero_grad()
@@ -147,17 +153,13 @@ def main(argv: list[str] | None = None) -> None:
 
     def adamw_step(model, loss_of, precision=precision):
         def step(i):
-            with autocast(precision, torch.device("cpu")):
-                loss = loss_of(model, batches[i % len(batches)])
-            loss.backward()
+            backward(model, loss_of, batches[i % len(batches)], precision)
             adamw[model].step()
             adamw[model].zero_grad()
         return step
 
     def muon_step(i):
-        with autocast(precision, torch.device("cpu")):
-            loss = our_loss(ours_muon, batches[i % len(batches)])
-        loss.backward()
+        backward(ours_muon, our_loss, batches[i % len(batches)], precision)
         optimizers.step(0.01)
         optimizers.zero_grad()
 

@@ -18,9 +18,20 @@ class DataConfig(BaseModel):
     workers: int = Field(default=2, ge=1, description="processes that turn media to codes")
 
 
+class LessonConfig(BaseModel):
+    """Steps start .. start + steps - 1 of a stage read these sources instead of the usual ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    start: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    sources: tuple[Source, ...]
+
+
 class StageData(BaseModel):
-    """What a language stage reads: code shards below the run folder's `codes/`, and how they become rows."""
+    """What a language stage reads: code shards below the run folder's `codes/`, how they become rows, and lessons that
+    interrupt them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sources: tuple[Source, ...]
     loader: LoaderConfig = LoaderConfig()
+    lessons: tuple[LessonConfig, ...] = ()

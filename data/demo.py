@@ -1,4 +1,5 @@
-"""Writes the demo world as plain webdataset shards: `pretrain-*` (pairs) and `instruct-*` (conversations).
+"""Writes the demo world as plain webdataset shards: `pretrain-*` (pairs), `instruct-*` (conversations) and
+`lesson-*` (conversations of one kind, for [[instruct.lessons]]).
 
 Two fresh processes write their own shards in a fixed order, so the bytes do not depend on how many cores there are
 (eSpeak carries state from one utterance to the next).
@@ -43,6 +44,9 @@ class DemoConfig(BaseModel):
     say: int = Field(default=2_000, ge=0)
     say_seen: int = Field(default=2_000, ge=0)
     draw_heard: int = Field(default=3_000, ge=0)
+    look_up: int = Field(default=0, ge=0)
+    # lessons
+    look_up_few: int = Field(default=0, ge=0)
     clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
 
 
@@ -109,7 +113,7 @@ def _said(rng) -> str:
 def _caption_pair(rng) -> list:
     scene = random_scene(rng)
     if rng.random() < 0.65:
-        # In random order the place that follows a name must be looked up in the picture; in reading order it need not.
+        # In random order a place does not follow from what was said before.
         order = rng.permutation(len(scene.objects))
         return [scene, tasks.caption_long(replace(scene, objects=tuple(scene.objects[k] for k in order)))]
     return [scene, tasks.caption_short(scene)]
@@ -132,6 +136,8 @@ PICTURES: list[tuple[str, str, Maker, bool]] = [
     ("instruct", "about_picture", tasks.about_picture, True),
     ("instruct", "draw", tasks.draw, True),
     ("instruct", "edit", tasks.edit, True),
+    ("lesson", "look_up_few", tasks.look_up_few, True),
+    ("instruct", "look_up", tasks.look_up, True),
 ]
 SOUNDS: list[tuple[str, str, Maker, bool]] = [
     ("pretrain", "narrated", _narrated_pair, False),

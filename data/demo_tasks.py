@@ -191,7 +191,10 @@ def _ask_where(scene, rng, wording):
     things = _single(scene)
     if not things:
         return None
-    thing = things[int(rng.integers(len(things)))]
+    return _where(things[int(rng.integers(len(things)))], rng, wording)
+
+
+def _where(thing, rng, wording):
     return word("where", rng, wording, name=thing.name), f"at the {CELLS[thing.cell]}"
 
 
@@ -227,6 +230,34 @@ def about_picture(rng: np.random.Generator, split: str = "train", questions: int
             messages += [("user", [pair[0]]), ("assistant", [pair[1]])]
     if not messages:
         return about_picture(rng, split, questions)
+    messages[0] = ("user", [scene, *messages[0][1]])
+    return messages
+
+
+# With all names from the start a model answers "where" from what is likely and never begins to compare a name with the
+# picture; with a few that look unlike each other it begins at once, and all others follow (docs/log.md). That data in
+# which few things are frequent bring such matching about is Chan et al.'s finding (2022, arXiv:2205.05055).
+FEW_NAMES = ("owl", "pizza", "key", "bus", "sun", "guitar")
+
+
+def look_up_few(rng: np.random.Generator) -> list:
+    """Four of FEW_NAMES in a picture, and where each of them is."""
+    scene = random_scene(rng, objects=4, names=FEW_NAMES)
+    return _conversation(scene, [_where(thing, rng, SEEN) for thing in scene.objects], rng)
+
+
+def look_up(rng: np.random.Generator) -> list:
+    """Two to four different things in a picture; where each of them is, and whether some name is there."""
+    scene = random_scene(rng, objects=int(rng.integers(2, 5)))
+    pairs = [_where(thing, rng, SEEN) for thing in scene.objects]
+    return _conversation(scene, pairs + [_ask_yes_no(scene, rng, SEEN) for _ in range(2)], rng)
+
+
+def _conversation(scene: Scene, pairs: list[tuple[str, str]], rng) -> list:
+    """The picture, then (question, answer) pairs in random order."""
+    messages = []
+    for k in rng.permutation(len(pairs)):
+        messages += [("user", [pairs[k][0]]), ("assistant", [pairs[k][1]])]
     messages[0] = ("user", [scene, *messages[0][1]])
     return messages
 

@@ -123,7 +123,9 @@ def speak(text: str, voice: str = NARRATOR, words_per_minute: int = 165, pitch: 
 
 def vary(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Adds breath, noise that follows the loudness of the last 20 ms, of a random strength; half of the time none."""
-    strength = max(0.0, rng.uniform(-0.4, 0.4))
+    strength = rng.uniform(-0.4, 0.4)
+    if strength <= 0:
+        return samples
     window = np.full(RATE // 50, 50 / RATE, np.float32)
     loudness = np.convolve(np.abs(samples), window)[: len(samples)]
     return samples + np.float32(strength) * loudness * rng.standard_normal(len(samples), dtype=np.float32)

@@ -208,19 +208,23 @@ def held_out(scene: Scene) -> bool:
     return any(_bucket(*pair) == 0 for pair in pairs)
 
 
-def random_scene(rng: np.random.Generator, split: str = "train", objects: int | None = None) -> Scene:
-    """Draws a scene of the split: "train" never holds a held-out composition, "test" always does."""
+def random_scene(rng: np.random.Generator, split: str = "train", objects: int | None = None,
+                 names: tuple[str, ...] = NAMES) -> Scene:
+    """Draws a scene of the split: "train" never holds a held-out composition, "test" always does.
+
+    objects: that many, all of different names; without it one to four, some scenes with one name only. names: of which.
+    """
     while True:
         count = objects or int(rng.choice(4, p=(0.3, 0.45, 0.15, 0.1))) + 1
         cells = np.sort(rng.permutation(4)[:count])
         if count > 1 and objects is None and rng.random() < 0.25:
-            names = [str(rng.choice(NAMES))] * count
+            chosen = [str(rng.choice(names))] * count
         else:
-            names = [str(name) for name in rng.choice(NAMES, count, replace=False)]
+            chosen = [str(name) for name in rng.choice(names, count, replace=False)]
         things = tuple(
             SceneObject(name, int(cell), str(rng.choice(list(TINTS))) if name in TINTABLE and rng.random() < 0.5
                         else None)
-            for name, cell in zip(names, cells, strict=True))
+            for name, cell in zip(chosen, cells, strict=True))
         scene = Scene(str(rng.choice(list(BACKGROUNDS))), things)
         if held_out(scene) == (split == "test"):
             return scene

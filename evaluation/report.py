@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import json
 import textwrap
 import tomllib
@@ -97,9 +96,7 @@ def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         for k, words in enumerate(lines):
             pen.text((x, y + side + 3 + k * line), words, fill=(30, 30, 30), font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, encode_png(sheet, level=9))
 
 
 def show_number(value, digits: int = 3) -> str:

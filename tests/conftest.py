@@ -100,4 +100,3 @@ def raw(tmp_path_factory):
         for key, members in raw_samples(24):
             writer.write(key, members)
     return folder
-

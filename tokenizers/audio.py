@@ -32,7 +32,7 @@ class AudioConfig(AutoencoderConfig):
 class AudioTokenizer(GridAutoencoder):
     """Mono sound at any rate -> codes [columns, rows]; codes -> float32 at 16 kHz.
 
-    The spectrogram is ln(magnitude mel + 0.005), Slaney's scale, standardised by the training set's mean and
+    The spectrogram is ln(magnitude mel + FLOOR), Slaney's scale, standardised by the training set's mean and
     deviation. Rows run from low to high frequency.
     """
 
