@@ -13,15 +13,16 @@ Repetitions are interleaved; tokens are non-padding tokens.
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import onevocab.tokenizers.torchaudio_guard  # noqa: F401  transformers imports torchaudio
+from benchmarks import measure
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
@@ -94,19 +95,6 @@ def check(ours: Decoder, theirs, batch: dict, precision: str) -> dict:
     return errors
 
 
-def measure(steps: dict, repetitions: int, tokens: list[int]) -> dict[str, list[float]]:
-    """Tokens per second of each named step in each repetition; the order turns around from one to the next."""
-    for step in steps.values():
-        step(0)
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(repetitions):
-        for name in list(steps)[:: 1 if i % 2 else -1]:
-            begin = time.perf_counter()
-            steps[name](i)
-            rates[name].append(tokens[i % len(tokens)] / (time.perf_counter() - begin))
-    return rates
-
-
 @cli
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.split("\n\n")[0])
@@ -170,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     if precision != "float32":
         steps["transformers, AdamW, float32"] = adamw_step(theirs, their_loss, "float32")
-    rates = measure(steps, args.repetitions, [int((b["document"] >= 0).sum()) for b in batches])
+    tokens = [int((b["document"] >= 0).sum()) for b in batches]
+    times = measure.time_all(steps, torch.device("cpu"), math.inf, args.repetitions)
+    rates = {name: [tokens[i % len(tokens)] / t for i, t in enumerate(spent)] for name, spent in times.items()}
     base = max((rates[name] for name in steps if name.startswith("transformers")), key=statistics.median)
     results = {}
     for name, values in rates.items():
