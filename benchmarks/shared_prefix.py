@@ -84,7 +84,8 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
                 {harness.OURS: lambda: prepare(one_row), ROWS: lambda: prepare(many_rows)}, definition, costs,
                 differentiable=len(names), notes=[f"{tokens} positions in one row, {many_rows['ids'].numel()} in rows; "
                                                   "FLOPs without attention's"],
-                operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"))
+                operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"),
+                roundings=layers)  # gradients pass through all of them
 
 
 SHAPE = {"prefix": 256, "questions": 8, "question": 32, "dim": 256, "layers": 4, "vocabulary": 4096}
