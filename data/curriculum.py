@@ -40,7 +40,7 @@ class Curriculum:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises UserError when the data, their order, the seed or the lessons are not those of the state."""
-        before = state.get("lessons", [])
+        before = state["lessons"]
         if [entry[:2] for entry in before] != [[lesson.start, lesson.steps] for lesson in self.lessons]:
             raise UserError("the lessons are not those of the checkpoint's run; restore the configuration, or start "
                             "the stage anew")

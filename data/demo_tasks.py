@@ -223,14 +223,17 @@ def about_picture(rng: np.random.Generator, split: str = "train", questions: int
     tasks = ["what", "where", "yes_no", "count", "count_name", "background", "tint", "caption_short", "caption_long",
              "caption_list", "detection"]
     weights = np.array([3, 4, 3.5, 0.6, 1.5, 0.6, 2, 1.2, 0.8, 0.7, 1])
-    messages = []
-    for task in rng.choice(tasks, questions, replace=False, p=weights / weights.sum()):
-        pair = ask(str(task), scene, rng)
-        if pair:
-            messages += [("user", [pair[0]]), ("assistant", [pair[1]])]
-    if not messages:
-        return about_picture(rng, split, questions)
-    messages[0] = ("user", [scene, *messages[0][1]])
+    chosen = rng.choice(tasks, questions, replace=False, p=weights / weights.sum())
+    pairs = [pair for task in chosen if (pair := ask(str(task), scene, rng))]
+    return _conversation(scene, pairs) if pairs else about_picture(rng, split, questions)
+
+
+def _conversation(scene: Scene, pairs: list[tuple]) -> list:
+    """The picture, then (question, answer) after (question, answer)."""
+    (first, answer), *others = pairs
+    messages = [("user", [scene, first]), ("assistant", [answer])]
+    for question, answer in others:
+        messages += [("user", [question]), ("assistant", [answer])]
     return messages
 
 
@@ -243,23 +246,19 @@ FEW_NAMES = ("owl", "pizza", "key", "bus", "sun", "guitar")
 def look_up_few(rng: np.random.Generator) -> list:
     """Four of FEW_NAMES in a picture, and where each of them is."""
     scene = random_scene(rng, objects=4, names=FEW_NAMES)
-    return _conversation(scene, [_where(thing, rng, SEEN) for thing in scene.objects], rng)
+    return _conversation(scene, _shuffled([_where(thing, rng, SEEN) for thing in scene.objects], rng))
 
 
 def look_up(rng: np.random.Generator) -> list:
     """Two to four different things in a picture; where each of them is, and whether some name is there."""
     scene = random_scene(rng, objects=int(rng.integers(2, 5)))
     pairs = [_where(thing, rng, SEEN) for thing in scene.objects]
-    return _conversation(scene, pairs + [_ask_yes_no(scene, rng, SEEN) for _ in range(2)], rng)
+    pairs += [_ask_yes_no(scene, rng, SEEN) for _ in range(2)]
+    return _conversation(scene, _shuffled(pairs, rng))
 
 
-def _conversation(scene: Scene, pairs: list[tuple[str, str]], rng) -> list:
-    """The picture, then (question, answer) pairs in random order."""
-    messages = []
-    for k in rng.permutation(len(pairs)):
-        messages += [("user", [pairs[k][0]]), ("assistant", [pairs[k][1]])]
-    messages[0] = ("user", [scene, *messages[0][1]])
-    return messages
+def _shuffled(pairs: list, rng: np.random.Generator) -> list:
+    return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
 # --- pictures as answers ----------------------------------------------------------------------------------------------
@@ -321,18 +320,11 @@ def spoken_questions() -> list[str]:
 def spoken_question(rng: np.random.Generator, voices, split: str = "train", questions: int = 2) -> list:
     """A picture and questions about it that are heard; text answers."""
     scene = random_scene(rng, split)
-    answers: list[tuple[str, str]] = []
-    for task in rng.choice(SPOKEN, questions, replace=False, p=(0.35, 0.1, 0.1, 0.225, 0.225)):
-        pair = VQA[str(task)](scene, rng, FIRST)
-        if pair:
-            answers.append(pair)
-    if not answers:
+    chosen = rng.choice(SPOKEN, questions, replace=False, p=(0.35, 0.1, 0.1, 0.225, 0.225))
+    pairs = [pair for task in chosen if (pair := VQA[str(task)](scene, rng, FIRST))]
+    if not pairs:
         return spoken_question(rng, voices, split, questions)
-    messages = []
-    for question, answer in answers:
-        messages += [("user", [utterance(question, rng, voices)]), ("assistant", [answer])]
-    messages[0] = ("user", [scene, *messages[0][1]])
-    return messages
+    return _conversation(scene, [(utterance(question, rng, voices), answer) for question, answer in pairs])
 
 
 def utterance(text: str, rng: np.random.Generator, voices) -> Utterance:
