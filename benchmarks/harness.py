@@ -28,6 +28,7 @@ from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
 from onevocab.kernels.backend import chosen
+from onevocab.training.precision import choose
 
 OURS = "ours"
 SLOW_TO_START = ("FlexAttention", "torch.compile")  # a minute of compiling on a CPU: left out of --tiny
@@ -48,7 +49,8 @@ class Cost(NamedTuple):
 class Target(NamedTuple):
     """`quantity` of the best of `against` divided by ours must be at least (or ours by theirs at most: `at_most`).
 
-    quantity is "time", "memory", or "copy": our bytes/s as a part of the copy bandwidth.
+    quantity is "time", "memory", "copy" (our bytes/s as a part of the copy bandwidth) or "mfu" (our FLOP/s as a part of
+    what the GPU's data sheet says; Chowdhery et al. 2022, appendix B).
     """
 
     quantity: str
@@ -65,17 +67,29 @@ class Work:
     inputs: Callable[[], tuple[Tensor, ...]]
     providers: dict[str, Callable[[], Callable]]  # name -> what prepares (a mask, a cache) and returns the call
     definition: Callable  # the readable reference, for float64 inputs as well
-    costs: dict[str, Cost]  # step -> cost; steps: forward, backward, both, fresh, fresh both
+    costs: dict[str, Cost]  # step -> cost; steps: forward, backward, both, fresh, fresh both, step
     differentiable: int = 0  # gradients of the first so many inputs
     compared: Callable = lambda outputs, inputs: outputs  # what of the outputs is compared
     notes: list[str] = field(default_factory=list)
     operations: tuple[str, ...] = ()  # of ours, for saying which backend ran
-    roundings: int = 1  # of the largest value: an error of so many is allowed though the definition made none
+    roundings: float = 1  # of the largest value: an error of so many is allowed though the definition made none
+    whole: bool = False  # a network: errors relative to the value's norm, the worst of all values counts
+    tokens: int | None = None  # of one call
+
+
+def roundings_of_sum(terms: int) -> float:
+    """What a sum of `terms` numbers, one after the other, may be off by, in machine epsilons of its value: sqrt(n) / 2.
+
+    Higham and Mary 2019 (A New Approach to Probabilistic Rounding Error Analysis), with lambda = 1 and the sum's value
+    instead of the sum of magnitudes, which is never smaller. Definitions add in pairs and so are no bound for it.
+    """
+    return max(1.0, math.sqrt(terms) / 2)
 
 
 @dataclass
 class Preset:
-    """`build(shape, device, dtype)` makes the Work; shapes has "cpu", "cuda" and "tiny" (for tests)."""
+    """`build(shape, device, dtype)` makes the Work; shapes has "cpu", "cuda" and "tiny" (for tests). A dtype "auto" is
+    what `train.py` would choose."""
 
     description: str
     build: Callable[[dict, torch.device, torch.dtype], Work]
@@ -130,15 +144,24 @@ def require_triton(operations: tuple[str, ...]) -> None:
             raise UserError(f"{name} ran as {choice.backend} ({choice.reason}), not as triton: nothing was timed")
 
 
+def errors_of(work: Work, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+    """The error of each value: its largest, or for a network a single relative one."""
+    apart = zip(found, exact, strict=True)
+    if work.whole:
+        return [max(((got.double() - value).norm() / value.norm()).item() for got, value in apart)]
+    return [(got.double() - value).abs().max().item() for got, value in apart]
+
+
 def bounds_of(work: Work, inputs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """For each compared value the largest error allowed: twice that of the definition in working precision."""
-    bounds = []
-    for value, definition in zip(exact, values(work, work.definition, inputs), strict=True):
-        kind = definition.dtype if definition.is_floating_point() else torch.float32
+    found = values(work, work.definition, inputs)
+    bounds = [2 * error for error in errors_of(work, found, exact)]
+    for i in range(len(bounds)):
+        kind = found[i].dtype if found[i].is_floating_point() else torch.float32
         if kind == torch.float64 and inputs[0].is_floating_point():
             kind = inputs[0].dtype  # compared in float64, computed from these
-        tiny = work.roundings * torch.finfo(kind).eps * value.abs().max()
-        bounds.append((2 * (definition.double() - value).abs().max() + tiny).item())
+        scale = 1.0 if work.whole else exact[i].abs().max().item()
+        bounds[i] += work.roundings * torch.finfo(kind).eps * scale
     if not all(map(math.isfinite, bounds)):
         raise UserError("the definition is not finite in this precision, no bound can be drawn; nothing was timed")
     return bounds
@@ -152,6 +175,8 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
     bounds = bounds_of(work, inputs, exact)
     outputs = len(exact) - work.differentiable
     labels = [f"output {i}" if i < outputs else f"the gradient of input {i - outputs}" for i in range(len(exact))]
+    if work.whole:
+        labels = ["the worst of loss and gradients"]
     report: dict[str, dict] = {}
     for name, call in calls.items():
         note, found = {}, None
@@ -173,11 +198,14 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
                 report[name] = {"failed": note["forward only"]}
                 continue
         # one that is forward only has fewer values: the gradients, which come last, are missing
-        errors = [(got.double() - value).abs().max().item() / max(bound, 1e-300)
-                  for got, value, bound in zip(found, exact, bounds, strict=not note)]
+        expected = exact[: len(found)] if note else exact
+        errors = [error / max(bound, 1e-300)
+                  for error, bound in zip(errors_of(work, found, expected), bounds, strict=not note)]
         worst, label = max((math.inf if math.isnan(error) else error, label)
                            for error, label in zip(errors, labels[: len(errors)], strict=True))
         report[name] = {"worst_error_over_bound": worst, **note}
+        if name == OURS:
+            report[name]["backend"] = backend_note(work.operations)
         del found
         if worst > 1:
             if name == OURS:
@@ -202,6 +230,8 @@ def step_calls(work: Work, step: str, prepare: Callable, call: Callable, sets: l
 
     if step in ("forward", "fresh"):
         return forward if step == "forward" else fresh
+    if step == "step":  # with weights and an optimiser of its own
+        return call.step
     leaves = [leaves_of(one, work.differentiable) for one in sets]
     # The gradient that comes from above is made once, outside of what is timed.
     probe = [x for x in as_tuple(call(*leaves[0])) if x.requires_grad]
@@ -272,6 +302,8 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
             row |= {"times_ours": statistics.median(ratios), "flops": cost.flops, "bytes": cost.bytes,
                     "flops_per_second": cost.flops / row["seconds"], "bytes_per_second": cost.bytes / row["seconds"],
                     "peak_bytes": measure.peak_memory(ready[name], device)}
+            if work.tokens:
+                row["tokens_per_second"] = work.tokens / row["seconds"]
             result["rows"].append(row)
         ready.clear()
     return result
@@ -286,6 +318,8 @@ def judge(targets: list[Target], rows: list[dict], ceilings: dict[str, float]) -
         ours, measured = found.get(OURS), None
         if ours and target.quantity == "copy":
             measured = ours["bytes_per_second"] / ceilings["copy_bytes_per_second"]
+        elif ours and target.quantity == "mfu" and ceilings["nominal_flops_per_second"]:
+            measured = ours["flops_per_second"] / ceilings["nominal_flops_per_second"]
         elif ours and peers and target.quantity == "time":
             measured = min(row["times_ours"] for row in peers)
         elif ours and peers and target.quantity == "memory":
@@ -309,6 +343,8 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
         preset = presets[title]
         size = {**preset.shapes[device.type], **(preset.shapes["tiny"] if tiny else {}), **(shape or {})}
         kind = dtype or preset.dtypes[device.type]
+        if kind == "auto":
+            kind = choose(kind, device)
         torch.manual_seed(0)
         work = preset.build(size, device, getattr(torch, kind))
         if not just_check and kind not in limits:
@@ -325,11 +361,12 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
             print(f"  {LONG_TO_SHORT.get(row['step'], row['step']):27} {row['provider']:32} "
                   f"{row['seconds'] * 1e3:10.3f} ms  {row['times_ours']:6.2f}x ours  "
                   f"{row['flops_per_second'] / 1e12:8.3f} TFLOP/s {row['bytes_per_second'] / 1e9:8.1f} GB/s "
-                  f"{row['peak_bytes'] / 2**20:8.0f} MiB", flush=True)
+                  f"{row['peak_bytes'] / 2**20:8.0f} MiB"
+                  + (f" {row['tokens_per_second']:10,.0f} tokens/s" if "tokens_per_second" in row else ""), flush=True)
         targets = [] if tiny or just_check else judge(preset.targets.get(device.type, []), found["rows"], limits[kind])
         result["presets"][title] = {
             "description": preset.description, "shape": size, "dtype": kind, "notes": work.notes,
-            "backend": backend_note(work.operations), "ceilings": limits.get(kind), **found, "targets": targets,
+            "backend": found["checked"][OURS]["backend"], "ceilings": limits.get(kind), **found, "targets": targets,
         }
         if device.type == "cuda":
             torch.cuda.empty_cache()

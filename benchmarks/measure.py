@@ -125,6 +125,18 @@ def peak_memory(call: Callable[[int], object], device: torch.device) -> int:
     return peak
 
 
+# FLOP/s of dense bfloat16 and float16 products, from NVIDIA's data sheets.
+NOMINAL = (("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H200", 989e12), ("A100", 312e12))
+
+
+def nominal_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the GPU's data sheet says, None where that is not known here."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in NOMINAL if part in name), None)
+
+
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 2.0, tiny: bool = False) -> dict[str, float]:
     """What this machine can do, measured: bytes/s of a copy (read + written), FLOP/s of a large square matmul."""
@@ -134,5 +146,6 @@ def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 2.0, tin
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = time_all({"copy": lambda i: target.copy_(source), "matmul": lambda i: a @ b}, device, seconds, 50)
-    return {"copy_bytes_per_second": 2 * size(source) / statistics.median(times["copy"]),
+    return {"nominal_flops_per_second": nominal_flops(device, dtype),
+            "copy_bytes_per_second": 2 * size(source) / statistics.median(times["copy"]),
             "matmul_flops_per_second": 2 * n**3 / statistics.median(times["matmul"])}

@@ -45,9 +45,10 @@ def markdown(result: dict) -> str:
         if ceilings:
             lines += ["", f"Measured ceilings: copy {number(ceilings['copy_bytes_per_second'] / 1e9)} GB/s, matmul "
                       f"{number(ceilings['matmul_flops_per_second'] / 1e12)} TFLOP/s. Chosen: {preset['backend']}."]
+        counts_tokens = any("tokens_per_second" in row for row in preset["rows"])
         if preset["rows"]:
-            lines += ["", "| step | provider | ms | time / ours | TFLOP/s | of matmul | GB/s | of copy | peak MiB |",
-                      "|---|---|--:|--:|--:|--:|--:|--:|--:|"]
+            lines += ["", "| step | provider | ms | time / ours | TFLOP/s | of matmul | GB/s | of copy | peak MiB |"
+                      + " tokens/s |" * counts_tokens, "|---|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * counts_tokens]
         for row in preset["rows"]:
             flops, moved = row["flops_per_second"], row["bytes_per_second"]
             lines.append("| " + " | ".join([
@@ -56,6 +57,7 @@ def markdown(result: dict) -> str:
                 number(row["seconds"] * 1e3), number(row["times_ours"]), number(flops / 1e12),
                 f"{flops / ceilings['matmul_flops_per_second']:.0%}", number(moved / 1e9),
                 f"{moved / ceilings['copy_bytes_per_second']:.0%}", number(row["peak_bytes"] / 2**20),
+                *([number(row["tokens_per_second"])] if counts_tokens else []),
             ]) + " |")
         for target in preset["targets"]:
             wanted = (f"at least {target['at_least']}" if target["at_most"] is None else f"at most {target['at_most']}")

@@ -8,7 +8,7 @@ the same loss and the same gradients, which is checked first, against the kernel
 the questions' tokens but the first, which in a real prompt is a turn's id that nothing has to predict.
 """
 
-import os
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -18,20 +18,19 @@ from benchmarks import harness
 from benchmarks.attention import shared
 from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.kernels.attention import IntervalMask
-from onevocab.kernels.backend import VARIABLE
+from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
+from onevocab.model.decoder import Decoder
 
 ROWS = "a row per question"
 
 
 def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
-    from onevocab.model.config import ModelConfig
-    from onevocab.model.decoder import Decoder
-
     prefix, questions, question = shape["prefix"], shape["questions"], shape["question"]
     dim, layers, vocabulary = shape["dim"], shape["layers"], shape["vocabulary"]
-    config = ModelConfig(dim=dim, layers=layers, heads=dim // 32, kv_heads=max(dim // 64, 1), head_dim=32,
-                         mlp_dim=3 * dim, max_length=prefix + question)
+    # A namespace, because a bare CUDA image has no pydantic.
+    config = SimpleNamespace(dim=dim, layers=layers, heads=dim // 32, kv_heads=max(dim // 64, 1), head_dim=32,
+                             mlp_dim=3 * dim, rope_base=1e4, norm_eps=1e-6, tied=True)
     model = Decoder(config, vocabulary).to(device, dtype)
     names = [name for name, _ in model.named_parameters()]
     picture = torch.randint(vocabulary, (prefix,), device=device)
@@ -70,12 +69,8 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
 
     def definition(*parameters: Tensor) -> Tensor:
         """The row per question, with the definitions of all kernels."""
-        before = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = "reference"
-        try:
+        with forced("reference"):
             return prepare(many_rows)(*parameters)
-        finally:
-            os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
 
     matrices = sum(p.numel() for p in model.parameters())
     tokens = prefix + questions * question
@@ -84,8 +79,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
                 {harness.OURS: lambda: prepare(one_row), ROWS: lambda: prepare(many_rows)}, definition, costs,
                 differentiable=len(names), notes=[f"{tokens} positions in one row, {many_rows['ids'].numel()} in rows; "
                                                   "FLOPs without attention's"],
-                operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"),
-                roundings=layers)  # gradients pass through all of them
+                operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"), whole=True)
 
 
 SHAPE = {"prefix": 256, "questions": 8, "question": 32, "dim": 256, "layers": 4, "vocabulary": 4096}

@@ -3,7 +3,7 @@
     python -m benchmarks.vq --out vq.json
 
 Two codes can be equally near within rounding, so what is compared is not the index but its distance, in float64:
-it may be longer by a few roundings of the latents' precision.
+it may be longer by the rounding of the two scores that were compared.
 """
 
 import functools
@@ -53,8 +53,9 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
     providers = {harness.OURS: lambda: vq_assign, CDIST: lambda: by_cdist, MATMUL: lambda: by_matmul,
                  COMPILED: lambda: compiled()}
     cost = Cost(2 * n * dim * codes, (n + codes) * dim * dtype.itemsize + 8 * n)
+    # Rows have length 1: a score |c|^2 - 2 z.c is off by three sums' errors, and two scores are compared.
     return Work(inputs, providers, in_pieces, {"forward": cost}, compared=distances,
-                operations=("vq_assign",), roundings=16)
+                operations=("vq_assign",), roundings=2 * 3 * harness.roundings_of_sum(dim))
 
 
 CPU = {"latents": 16384, "dim": 16, "codes": 4096}

@@ -41,6 +41,19 @@ def chosen() -> dict[str, Choice]:
     return dict(_last)
 
 
+@contextlib.contextmanager
+def forced(backend: str | None):
+    """Within the block all operations that are not told otherwise run on this backend; None changes nothing."""
+    before = os.environ.get(VARIABLE)
+    if backend is not None:
+        os.environ[VARIABLE] = backend
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+
+
 def choose(operation: str, *tensors: Tensor, backend: str | None = None, unsupported: str | None = None) -> str:
     """The backend for `operation` on these tensors: "triton", "torch" or "reference".
 

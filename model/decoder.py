@@ -4,6 +4,10 @@ Pre-norm RMSNorm, SwiGLU, grouped-query attention, RMSNorm on each head's q and 
 B rows, S positions, H query heads, Hkv key heads, D head_dim; hidden states (B, S, dim).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +15,9 @@ from torch import Tensor, nn
 from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.elementwise import qk_norm_rope, rms_norm, swiglu
 from onevocab.model.cache import KVCache
-from onevocab.model.config import ModelConfig
+
+if TYPE_CHECKING:  # at run time any object with its fields does: benchmarks run without pydantic
+    from onevocab.model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):

@@ -16,7 +16,7 @@ from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.common.errors import UserError
 from onevocab.kernels.backend import Choice
 
-NAMES = ("attention", "cross_entropy", "decode", "norms", "shared_prefix", "vq")
+NAMES = ("attention", "cross_entropy", "decode", "norms", "shared_prefix", "train_step", "vq")
 CPU = torch.device("cpu")
 
 
@@ -75,8 +75,7 @@ def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     written = {path.name for path in tmp_path.iterdir()}
     kinds = ("json", "md")
-    assert {f"{name}-cpu-tiny.{kind}" for name in NAMES if name != "shared_prefix" for kind in kinds} <= written
-    assert "shared_prefix questions: " in (tmp_path / "targets-cpu-tiny.md").read_text()
+    assert {f"{name}-cpu-tiny.{kind}" for name in NAMES for kind in kinds} <= written
 
 
 class Replaced(Exception):
@@ -270,3 +269,15 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plot.main([str(path)])
     assert "not a results file" in capsys.readouterr().err
+
+
+def test_a_network_with_one_wrong_gradient_is_found():
+    """Compared by norms, all weights together: a small gradient that is wrong must not drown in a large one."""
+    def network(factor):
+        return lambda large, small: (1e4 * large.square().sum() + (factor * small).sum())
+
+    inputs = torch.randn(1000), torch.randn(3)
+    work = Work(lambda: inputs, {}, network(1.0), {}, differentiable=2, whole=True)
+    assert harness.check(work, {"ours": network(1.0)}, inputs)["ours"]["worst_error_over_bound"] <= 1
+    with pytest.raises(UserError, match="the worst of loss and gradients"):
+        harness.check(work, {"ours": network(1.0001)}, inputs)

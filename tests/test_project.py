@@ -153,12 +153,8 @@ while todo:
 refused = {top for top, names in metadata.packages_distributions().items()
            if not any(normal(name) in closure for name in names)} - {"packaging", "pip", "setuptools"}
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in refused:
-            raise ModuleNotFoundError(f"No module named {name!r} (not a base dependency)", name=name)
-
-sys.meta_path.insert(0, Refuse())
+for name in refused:
+    sys.modules[name] = None  # imports raise and find_spec finds nothing, as where it is not installed
 failed = 0
 for name in sys.argv[1:]:
     try:
