@@ -43,7 +43,7 @@ smoke: $(VENV)/.demo
 	$(RUN) python sample.py runs/smoke --text "Draw a red apple." --want image --out runs/smoke/sample
 
 bench: $(VENV)/.dev
-	$(RUN) $(THREADS) python -m benchmarks.train_step --device cpu --out benchmarks/results/train_step-cpu.json
+	$(RUN) $(THREADS) python -m benchmarks.train_step --device cpu --seconds 30 --out benchmarks/results/train_step-cpu.json
 
 # No set-up: a bare CUDA image with torch, triton and numpy is enough.
 bench-gpu:

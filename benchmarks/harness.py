@@ -72,7 +72,8 @@ class Work:
     compared: Callable = lambda outputs, inputs: outputs  # what of the outputs is compared
     notes: list[str] = field(default_factory=list)
     operations: tuple[str, ...] = ()  # of ours, for saying which backend ran
-    roundings: float = 1  # of the largest value: an error of so many is allowed though the definition made none
+    # Of the largest value: an error of so many is allowed though the definition made none. For each value, or for all.
+    roundings: float | tuple[float, ...] = 1
     whole: bool = False  # a network: errors relative to the value's norm, the worst of all values counts
     tokens: int | None = None  # of one call
 
@@ -161,7 +162,8 @@ def bounds_of(work: Work, inputs: tuple[Tensor, ...], exact: tuple[Tensor, ...])
         if kind == torch.float64 and inputs[0].is_floating_point():
             kind = inputs[0].dtype  # compared in float64, computed from these
         scale = 1.0 if work.whole else exact[i].abs().max().item()
-        bounds[i] += work.roundings * torch.finfo(kind).eps * scale
+        roundings = work.roundings[i] if isinstance(work.roundings, tuple) else work.roundings
+        bounds[i] += roundings * torch.finfo(kind).eps * scale
     if not all(map(math.isfinite, bounds)):
         raise UserError("the definition is not finite in this precision, no bound can be drawn; nothing was timed")
     return bounds

@@ -86,7 +86,11 @@ def build(operation: str):
                      REFERENCE: lambda: definition}
         one = tokens * dim * dtype.itemsize
         costs = {"forward": Cost(tokens * dim * 5, forward * one), "both": Cost(tokens * dim * 15, both * one)}
-        return Work(inputs, providers, definition, costs, differentiable,
+        # The weight's gradient, the last value, is a sum over all tokens (and their heads).
+        terms = tokens * (dim // shape["head_dim"] if operation == "qk_norm_rope" else 1)
+        ones = (1.0,) * (differentiable + (operation == "add_rms_norm"))
+        roundings = ones + ((1.0,) if operation == "swiglu" else (harness.roundings_of_sum(terms),))
+        return Work(inputs, providers, definition, costs, differentiable, roundings=roundings,
                     operations=("rms_norm" if operation == "add_rms_norm" else operation,))
 
     return make
