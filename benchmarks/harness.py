@@ -233,7 +233,11 @@ def step_calls(work: Work, step: str, prepare: Callable, call: Callable, sets: l
     if step in ("forward", "fresh"):
         return forward if step == "forward" else fresh
     if step == "step":  # with weights and an optimiser of its own
-        return call.step
+        def train(i):
+            call.step(i)
+
+        train.before = call.step  # as in training: the caches, and what the allocator holds, are those of its own step
+        return train
     leaves = [leaves_of(one, work.differentiable) for one in sets]
     # The gradient that comes from above is made once, outside of what is timed.
     probe = [x for x in as_tuple(call(*leaves[0])) if x.requires_grad]
