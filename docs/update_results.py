@@ -1,4 +1,5 @@
-"""Fills the README's tables from docs/results/*.json and benchmarks/results/*.json, so that no number is typed by hand.
+"""Fills the tables of the README and of docs/kernels.md from docs/results/*.json and benchmarks/results/*.json, so that
+no number is typed by hand.
 
     python docs/update_results.py --from runs/demo   copies the run's report (and the demo's gallery), then fills
     python docs/update_results.py                    fills from the committed files
@@ -18,7 +19,7 @@ from onevocab.training.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 TIMES = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, KERNELS = ROOT / "README.md", ROOT / "docs" / "kernels.md"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 SHOWN = ("demo", "demo-long")  # a column each; the other files give a line below the table
@@ -75,6 +76,11 @@ def table(reports: dict[str, dict]) -> str:
     return "\n".join([*lines, "", *(_facts(name, report) for name, report in reports.items())])
 
 
+def short(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _speeds(row: dict, others: list[dict]) -> str:
     """The peers of one row, the fastest first: their time over ours."""
     peers = [other for other in others if other["provider"] not in (row["provider"], "reference")]
@@ -82,45 +88,52 @@ def _speeds(row: dict, others: list[dict]) -> str:
                      for peer in sorted(peers, key=lambda peer: peer["times_ours"]))
 
 
-def speeds(results: dict[str, dict]) -> str:
-    """One row for each step of each preset, a table for each device: our time, and the peers' over ours."""
+def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
+    """One row for each step of each preset, a table for each device: our time, and the peers' over ours.
+
+    folder: where a page finds the results; aims: only presets that have one.
+    """
     titles = "| benchmark | step | precision | ours, ms | ours, MiB | time of others / ours |"
     lines: list[str] = []
     for device in dict.fromkeys(result["device"] for result in results.values()):
         of_device = {name: result for name, result in results.items() if result["device"] == device}
         lines += [f"{device}:", "", titles, "|---|---|---|---:|---:|---|"]
+        commands: dict[str, None] = {}
         for name, result in of_device.items():
             for preset, found in result["presets"].items():
+                if aims and not found["targets"]:
+                    continue
                 for row in found["rows"]:
                     if row["provider"] != "ours" or row["step"].startswith(("fresh", "backward")):
                         continue
                     others = [other for other in found["rows"] if other["step"] == row["step"]]
                     step = {"both": "forward + backward"}.get(row["step"], row["step"])
-                    lines.append(f"| [{result['benchmark']}](benchmarks/results/{name}.md), {preset} | {step} | "
-                                 f"{found['dtype']} | {row['seconds'] * 1e3:,.3g} | {row['peak_bytes'] / 2**20:,.3g} | "
-                                 f"{_speeds(row, others)} |")
-        commands = dict.fromkeys(f"`{result['command']}`, {result['date']}" for result in of_device.values())
+                    time, memory = short(row["seconds"] * 1e3), short(row["peak_bytes"] / 2**20)
+                    lines.append(f"| [{result['benchmark']}]({folder}{name}.md), {preset} | {step} | "
+                                 f"{found['dtype']} | {time} | {memory} | {_speeds(row, others)} |")
+                    commands[f"`{result['command']}`, {result['date']}"] = None
         versions = next(iter(of_device.values()))["versions"]
         lines += ["", f"torch {versions['torch']}; " + "; ".join(commands), ""]
     return "\n".join(lines).rstrip()
 
 
-def fill(readme: str, blocks: dict[str, str]) -> str:
-    """The README's text with the blocks between their markers replaced."""
+def fill(page: str, blocks: dict[str, str]) -> str:
+    """A page's text with the blocks between their markers replaced."""
     for name, text in blocks.items():
-        before, begin, rest = readme.partition(BEGIN.format(name))
+        before, begin, rest = page.partition(BEGIN.format(name))
         _, end, after = rest.partition(END.format(name))
         if not begin or not end:
-            raise errors.UserError(f"README.md lacks {BEGIN.format(name)} ... {END.format(name)}; put both where the "
+            raise errors.UserError(f"the page lacks {BEGIN.format(name)} ... {END.format(name)}; put both where the "
                                    "table belongs")
-        readme = f"{before}{begin}\n{text}\n{end}{after}"
-    return readme
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
 
 
-def blocks() -> dict[str, str]:
-    """What the committed files say, by the name of its place in the README."""
+def pages() -> dict[Path, dict[str, str]]:
+    """What the committed files say: page -> the name of its place there -> text."""
     times = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json"))}
-    return {"results": table(committed()), "kernels": speeds(times)}
+    return {README: {"results": table(committed()), "kernels": speeds(times, "benchmarks/results/", aims=True)},
+            KERNELS: {"kernels": speeds(times, "../benchmarks/results/")}}
 
 
 def committed() -> dict[str, dict]:
@@ -155,8 +168,9 @@ def main() -> None:
         if name == "demo":
             files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
         files.write_atomic(RESULTS / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    files.write_atomic(README, fill(README.read_text(encoding="utf-8"), blocks()))
-    print(f"filled the tables of {README}")
+    for path, found in pages().items():
+        files.write_atomic(path, fill(path.read_text(encoding="utf-8"), found))
+    print("filled the tables of " + " and ".join(str(path) for path in pages()))
 
 
 if __name__ == "__main__":

@@ -184,7 +184,9 @@ def load_update_results():
 
 def test_tables_are_what_the_committed_results_say():
     update = load_update_results()
-    assert update.fill(README, update.blocks()) == README, "run `python docs/update_results.py`"
+    for path, blocks in update.pages().items():
+        page = path.read_text(encoding="utf-8")
+        assert update.fill(page, blocks) == page, "run `python docs/update_results.py`"
 
 
 def test_a_marker_that_is_missing_is_named():
@@ -202,12 +204,15 @@ def test_table_of_speeds():
     rows = [row("forward", "ours", 1.0), row("forward", "slow", 2.5), row("forward", "reference", 9.0),
             row("forward", "fast", 0.5), row("fresh", "ours", 1.0)]
     file = {"benchmark": "decode", "device": "a laptop", "date": "2025-01-31", "command": "python -m x",
-            "versions": {"torch": "2.13"}, "presets": {"long": {"dtype": "float32", "rows": rows}}}
-    text = update.speeds({"decode-cpu": file, "decode-gpu": file | {"device": "a GPU"}})
-    line = "| [decode](benchmarks/results/decode-{}.md), long | forward | float32 | 12.5 | 3 | fast 0.50x; slow 2.50x |"
+            "versions": {"torch": "2.13"}, "presets": {"long": {"dtype": "float32", "rows": rows, "targets": []},
+                                                   "batch": {"dtype": "float32", "rows": rows, "targets": ["one"]}}}
+    text = update.speeds({"decode-cpu": file, "decode-gpu": file | {"device": "a GPU"}}, "here/")
+    line = "| [decode](here/decode-{}.md), long | forward | float32 | 12.5 | 3 | fast 0.50x; slow 2.50x |"
     assert line.format("cpu") in text and line.format("gpu") in text and "reference" not in text
-    assert text.count("12.5") == 2 and text.index("a laptop:") < text.index("a GPU:")
+    assert text.count("12.5") == 4 and text.index("a laptop:") < text.index("a GPU:")
     assert "torch 2.13; `python -m x`, 2025-01-31" in text
+    aims = update.speeds({"decode-cpu": file}, "here/", aims=True)
+    assert "batch" in aims and "long" not in aims
 
 
 def test_table_of_a_report():
@@ -238,5 +243,5 @@ def test_table_of_a_report():
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nz\n")
     assert "- **x**: `make demo`, a laptop, 2025-01-31, torch 2.13. 1.0 minutes after the installation" in text
     assert update.fill(text, block) == text
-    alone = update.fill(text, {"demo": report})
+    alone = update.fill(text, {"results": update.table({"demo": report})})
     assert "| accuracy | 0.871 (0.850 to 0.890) | – | 1.000 | 0.960 | 400 |" in alone
