@@ -17,7 +17,7 @@ TORCHRUN = torchrun --standalone
 # Without the speech extra (see the set-up below) the demo goes on with tones.
 VOICES = $$($(VENV)/bin/python -c "import espeakng_loader" 2>/dev/null || echo --data.demo.voices=tones)
 
-.PHONY: help demo test smoke bench lint
+.PHONY: help demo test smoke bench bench-gpu lint
 # A failed set-up leaves no half-made target behind.
 .DELETE_ON_ERROR:
 
@@ -26,6 +26,7 @@ help:
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
 	@echo "make bench  measures training speed beside transformers' Qwen3"
+	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, with the Python that PYTHON names"
 	@echo "make lint   runs ruff"
 
 demo: $(VENV)/.demo
@@ -42,7 +43,11 @@ smoke: $(VENV)/.demo
 	$(RUN) python sample.py runs/smoke --text "Draw a red apple." --want image --out runs/smoke/sample
 
 bench: $(VENV)/.dev
-	$(RUN) $(THREADS) python -m benchmarks.train_step
+	$(RUN) $(THREADS) python -m benchmarks.train_step --device cpu --seconds 30 --out benchmarks/results/train_step-cpu.json
+
+# No set-up: a bare CUDA image with torch, triton and numpy is enough.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

@@ -1,203 +1,208 @@
-"""A whole training step of our decoder against transformers' `Qwen3ForCausalLM` of the same shape.
+"""A whole training step of our decoder beside transformers' `Qwen3ForCausalLM` of the same shape.
 
-    python -m benchmarks.train_step --out results.json [--check]
+    python -m benchmarks.train_step --preset packed --out train_step.json
 
-Both take the same packed batches, start from the same weights and compute the same weighted loss; transformers gets
-the packing as a 4-D boolean mask and position ids. Both multiply matrices in the precision that `train.py` would choose
-on this machine (or in --precision); where that is bfloat16, transformers is timed in float32 too, and ratios are to the
-faster of the two. Timed are forward + backward + AdamW for both, and, for ours, forward + backward + Muon and AdamW, as
-`train.py` runs it. Losses and gradients are first compared with a float64 run, on the very batches that are timed.
-Repetitions are interleaved; tokens are non-padding tokens.
+All take the same packed batches, start from the same weights and compute the same weighted loss; transformers gets the
+packing as a 4-D boolean mask and position ids. All multiply matrices in the precision that `train.py` would choose on
+this machine (or in --dtype); where that is bfloat16, transformers is timed in float32 too. Timed are forward, backward
+and AdamW, and once more forward, backward, Muon and AdamW, as `train.py` runs it. Loss and gradients are first compared
+with a float64 run of transformers, where it is installed, else of the kernels' definitions.
 """
 
-import argparse
-import copy
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+import itertools
+from collections.abc import Callable
+from importlib import import_module
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
-import onevocab.tokenizers.torchaudio_guard  # noqa: F401  transformers imports torchaudio
-from onevocab.common.errors import UserError, cli
-from onevocab.common.files import write_json
-from onevocab.common.provenance import provenance
+from benchmarks import harness
+from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.kernels.attention import IntervalMask
+from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
-from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder, qwen3_config, to_qwen3_state_dict
-from onevocab.training.muon import OptimizerConfig, build_optimizers
-from onevocab.training.precision import autocast, choose
+from onevocab.training.precision import autocast
+
+TORCH, MUON = "ours without Triton", "ours, Muon and AdamW"
+THEIRS, THEIRS_WIDE = "transformers", "transformers, float32"
+BATCHES = 4
 
 
-def packed_batch(rows: int, length: int, vocab_size: int, counted: float, generator: torch.Generator) -> dict:
-    """Random ids in documents of 40 .. 140 tokens packed into rows; the last part, `counted`, of each document counts
-    in the loss: 1 when everything is learnt, less when a document begins with a prompt."""
+def packed_batch(shape: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random ids in documents of `shortest` .. `longest` tokens packed into rows; of each the last `counted` percent
+    count in the loss: 100 when everything is learnt, less when a document begins with a prompt."""
+    rows, length = shape["rows"], shape["length"]
     document = torch.full((rows, length), -1)
     positions = torch.zeros(rows, length, dtype=torch.long)
     weights = torch.zeros(rows, length)
     for row in range(rows):
-        start, index = 0, 0
-        while True:
-            n = int(torch.randint(40, 141, (), generator=generator))
+        start = 0
+        for index in itertools.count():
+            n = int(torch.randint(shape["shortest"], shape["longest"] + 1, (), generator=generator))
             if start + n > length:
                 break
             document[row, start : start + n] = index
             positions[row, start : start + n] = torch.arange(n)
-            weights[row, start + round((1 - counted) * n) : start + n - 1] = 1.0
-            start, index = start + n, index + 1
-    ids = torch.randint(0, vocab_size, (rows, length), generator=generator)
-    return {"ids": ids, "targets": ids.roll(-1, 1), "positions": positions, "document": document, "weights": weights}
+            weights[row, start + round((1 - shape["counted"] / 100) * n) : start + n - 1] = 1.0
+            start += n
+    ids = torch.randint(shape["vocabulary"], (rows, length), generator=generator)
+    itself = torch.eye(length, dtype=torch.bool)  # what a padding query sees: transformers has no empty rows
+    return {"ids": ids, "targets": ids.roll(-1, 1), "positions": positions, "document": document, "weights": weights,
+            "mask_4d": IntervalMask.causal(document).dense(length) | itself}
 
 
-def our_loss(model: Decoder, batch: dict) -> torch.Tensor:
-    hidden = model(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"]))
-    flat = (hidden.flatten(0, 1), model.head_weight, batch["targets"].flatten(), batch["weights"].flatten())
-    return linear_cross_entropy(*flat).loss / batch["weights"].sum()
+def our_loss(run: Callable, batch: dict, head: Tensor) -> Tensor:
+    """run(ids, positions, mask) -> hidden. The sum over what counts."""
+    hidden = run(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"]))
+    weights = batch["weights"].flatten()
+    return linear_cross_entropy(hidden.flatten(0, 1), head, batch["targets"].flatten(), weights).loss
 
 
-def their_loss(model, batch: dict) -> torch.Tensor:
+def their_loss(run: Callable, batch: dict) -> Tensor:
     inputs = {"attention_mask": batch["mask_4d"], "position_ids": batch["positions"]}
-    logits = model(batch["ids"], **inputs, use_cache=False).logits
+    logits = run(batch["ids"], **inputs, use_cache=False).logits
     nll = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
-    return (nll * batch["weights"].flatten()).sum() / batch["weights"].sum()
+    return (nll * batch["weights"].flatten()).sum()
 
 
-def backward(model, loss_of, batch: dict, precision: str) -> torch.Tensor:
-    """Forward and backward pass as `train.py` runs them; returns the loss."""
-    with autocast(precision, torch.device("cpu")):
-        loss = loss_of(model, batch)
-    loss.backward()
-    return loss
+class InRows(torch.autograd.Function):
+    """The loss of a batch row by row, gradients added up: a float64 run with dense scores needs the memory of one."""
+
+    @staticmethod
+    def forward(ctx, loss_of, batch, *parameters):
+        total, sums = 0.0, [torch.zeros_like(p) for p in parameters]
+        for row in range(len(batch["ids"])):
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            with torch.enable_grad():
+                loss = loss_of({name: values[row : row + 1] for name, values in batch.items()}, leaves)
+            for each, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
+                each += gradient
+            total = total + loss.detach()
+        ctx.save_for_backward(*sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *(grad * each for each in ctx.saved_tensors)
 
 
-def check(ours: Decoder, theirs, batch: dict, precision: str) -> dict:
-    """Relative errors of loss and gradients against transformers in float64. Raises UserError when ours are not within
-    twice transformers' own: then the two do not compute the same thing."""
-    oracle = copy.deepcopy(theirs).double()
-    exact = {"loss": their_loss(oracle, batch).double()}
-    exact["loss"].backward()
-    exact |= {name.removeprefix("model."): p.grad for name, p in oracle.named_parameters()}
-    errors = {}
-    for who, model, loss_of in (("ours", ours, our_loss), ("transformers", theirs, their_loss)):
-        found = {"loss": backward(model, loss_of, batch, precision)}
-        found |= {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
-        relative = {name: ((found[name] - value).norm() / value.norm()).item() for name, value in exact.items()}
-        errors[who] = {"loss": relative.pop("loss"), "gradient_worst": max(relative.values())}
-        model.zero_grad()
-    tiny = torch.finfo(getattr(torch, precision)).eps
-    if any(errors["ours"][key] > 2 * errors["transformers"][key] + tiny for key in errors["ours"]):
-        raise UserError(f"the two models disagree ({errors}): nothing was timed")
-    return errors
+class Trainable:
+    """A model with its loss and its optimiser, as the harness wants it: a function of its parameters, to be checked,
+    and a step on a model of its own, to be timed."""
+
+    def __init__(self, model: nn.Module, loss: Callable, names: list[str], batches: list[dict], precision: str,
+                 optimizers: Callable, backend: str | None = None):
+        self.model, self.loss, self.names, self.batches = model, loss, names, batches
+        self.device, self.precision, self.backend = batches[0]["ids"].device, precision, backend
+        self.optimizers = optimizers(model)
+
+    def __call__(self, *parameters: Tensor) -> Tensor:
+        return self.of_batch(self.batches[0], parameters)
+
+    def of_batch(self, batch: dict, parameters) -> Tensor:
+        weights = dict(zip(self.names, parameters, strict=True))
+
+        def run(*args, **kwargs):
+            return functional_call(self.model, weights, args, kwargs)
+
+        with forced(self.backend), autocast(self.precision, self.device):
+            return self.loss(run, batch, weights)
+
+    def step(self, i: int) -> None:
+        batch = self.batches[i % len(self.batches)]
+        with forced(self.backend):
+            with autocast(self.precision, self.device):
+                loss = self.loss(self.model, batch, dict(self.model.named_parameters()))
+            (loss / batch["weights"].sum()).backward()
+        self.optimizers.step()
+        self.optimizers.zero_grad()
 
 
-def measure(steps: dict, repetitions: int, tokens: list[int]) -> dict[str, list[float]]:
-    """Tokens per second of each named step in each repetition; the order turns around from one to the next."""
-    for step in steps.values():
-        step(0)
-    rates: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(repetitions):
-        for name in list(steps)[:: 1 if i % 2 else -1]:
-            begin = time.perf_counter()
-            steps[name](i)
-            rates[name].append(tokens[i % len(tokens)] / (time.perf_counter() - begin))
-    return rates
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-@cli
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/train_step-cpu.json"))
-    parser.add_argument("--check", action="store_true", help="compare losses and gradients, time nothing")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--vocab-size", type=int, default=3072)
-    parser.add_argument("--counted", type=float, default=1.0, help="part of each document that counts in the loss")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    args = parser.parse_args(argv)
-    if min(args.rows, args.repetitions) < 1 or args.length < 140 or not 0.1 <= args.counted <= 1:
-        raise UserError("--rows and --repetitions must be positive, --length at least 140, --counted 0.1 .. 1")
-    try:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-    except ImportError:
-        raise UserError("this benchmark needs transformers: pip install 'onevocab[dev]'") from None
+def muon(model: nn.Module) -> SimpleNamespace:
+    from onevocab.training.muon import OptimizerConfig, build_optimizers
 
+    optimizers = build_optimizers(model, OptimizerConfig())
+    return SimpleNamespace(step=lambda: optimizers.step(0.01), zero_grad=optimizers.zero_grad)
+
+
+def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
+    # A namespace, because a bare CUDA image has no pydantic.
+    config = SimpleNamespace(dim=shape["dim"], layers=shape["layers"], heads=shape["heads"], kv_heads=shape["kv_heads"],
+                             head_dim=shape["head_dim"], mlp_dim=shape["mlp_dim"], rope_base=1e4, norm_eps=1e-6,
+                             tied=True, max_length=shape["length"])
     generator = torch.Generator().manual_seed(0)
-    config = ModelConfig(dim=args.dim, layers=args.layers, kv_heads=args.kv_heads, max_length=args.length)
-    ours = Decoder(config, args.vocab_size)
-    ours.initialise(generator)
-    theirs = Qwen3ForCausalLM(Qwen3Config(**qwen3_config(config, args.vocab_size)))  # its attention is SDPA
-    theirs.load_state_dict(to_qwen3_state_dict(ours))
-    batches = [packed_batch(args.rows, args.length, args.vocab_size, args.counted, generator) for _ in range(4)]
-    itself = torch.eye(args.length, dtype=torch.bool)  # what a padding query sees: transformers has no empty rows
-    for batch in batches:
-        batch["mask_4d"] = IntervalMask.causal(batch["document"]).dense(args.length) | itself
-    precision = choose(args.precision, torch.device("cpu"))
-    errors = check(ours, theirs, batches[0], precision)
-    print(f"{precision}; errors against float64, loss and worst gradient: "
-          + "; ".join(f"{who} {e['loss']:.1e}, {e['gradient_worst']:.1e}" for who, e in errors.items()))
-    if args.check:
-        return
+    start = Decoder(config, shape["vocabulary"])
+    start.initialise(generator)
+    batches = [{name: x.to(device) for name, x in packed_batch(shape, generator).items()} for _ in range(BATCHES)]
+    names = [name for name, _ in start.named_parameters()]
+    precision = str(dtype).removeprefix("torch.")
 
-    ours_muon = Decoder(config, args.vocab_size)
-    ours_muon.load_state_dict(ours.state_dict())
-    optimizers = build_optimizers(ours_muon, OptimizerConfig())
-    adamw = {m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (ours, theirs)}
+    def ours(optimizers: Callable = adamw, backend: str | None = None) -> Trainable:
+        model = Decoder(config, shape["vocabulary"])
+        model.load_state_dict(start.state_dict())
+        return Trainable(model.to(device), lambda run, batch, weights: our_loss(run, batch,
+                         weights["embed_tokens.weight"]), names, batches, precision, optimizers, backend)
 
-    def adamw_step(model, loss_of, precision=precision):
-        def step(i):
-            backward(model, loss_of, batches[i % len(batches)], precision)
-            adamw[model].step()
-            adamw[model].zero_grad()
-        return step
+    def theirs(precision: str = precision) -> Trainable:
+        try:
+            import_module("onevocab.tokenizers.torchaudio_guard")  # first: transformers imports torchaudio
+            from transformers import Qwen3Config, Qwen3ForCausalLM
+        except ImportError:
+            raise harness.Unavailable("transformers is not installed: pip install 'onevocab[dev]'") from None
+        model = Qwen3ForCausalLM(Qwen3Config(**qwen3_config(config, shape["vocabulary"])))  # its attention is SDPA
+        model.load_state_dict(to_qwen3_state_dict(start))
+        return Trainable(model.to(device), lambda run, batch, _: their_loss(run, batch),
+                         [f"model.{name}" for name in names], batches, precision, adamw)
 
-    def muon_step(i):
-        backward(ours_muon, our_loss, batches[i % len(batches)], precision)
-        optimizers.step(0.01)
-        optimizers.zero_grad()
-
-    steps = {
-        "ours, AdamW": adamw_step(ours, our_loss),
-        "transformers, AdamW": adamw_step(theirs, their_loss),
-        "ours, Muon and AdamW": muon_step,
-    }
+    providers = {harness.OURS: ours, MUON: lambda: ours(muon), THEIRS: theirs}
     if precision != "float32":
-        steps["transformers, AdamW, float32"] = adamw_step(theirs, their_loss, "float32")
-    rates = measure(steps, args.repetitions, [int((b["document"] >= 0).sum()) for b in batches])
-    base = max((rates[name] for name in steps if name.startswith("transformers")), key=statistics.median)
-    results = {}
-    for name, values in rates.items():
-        ratios = sorted(a / b for a, b in zip(values, base, strict=True))
-        quartiles = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-        results[name] = {
-            "tokens_per_second": round(statistics.median(values)),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_quartiles": [round(x, 3) for x in quartiles],
-        }
-        print(f"{name:29} {results[name]['tokens_per_second']:>8,} tokens/s   {results[name]['ratio']:.2f}x "
-              f"(quartiles {results[name]['ratio_quartiles'][0]:.2f} .. {results[name]['ratio_quartiles'][1]:.2f})")
-    write_json(args.out, {
-        "benchmark": "train_step",
-        "what": "forward + backward + optimiser step, non-padding tokens per second, interleaved; "
-                "ratios to the faster transformers",
-        **provenance(),
-        "command": "python -m benchmarks.train_step " + " ".join(sys.argv[1:] if argv is None else argv),
-        "shape": json.loads(config.model_dump_json()) | {"vocab_size": args.vocab_size, "rows": args.rows,
-                                                         "length": args.length, "counted": args.counted},
-        "repetitions": args.repetitions,
-        "precision": precision,
-        "errors_against_float64": errors,
-        "results": results,
-    })
-    print(f"written to {args.out}")
+        providers[THEIRS_WIDE] = lambda: theirs("float32")
+    if device.type == "cuda":
+        providers[TORCH] = lambda: ours(backend="torch")
+    try:
+        oracle, who = theirs(), "transformers"
+    except harness.Unavailable:
+        oracle, who = ours(backend="reference"), "the kernels' definitions"
 
+    def definition(*parameters: Tensor) -> Tensor:
+        return InRows.apply(oracle.of_batch, batches[0], *parameters)
+
+    tokens = sum(int((batch["document"] >= 0).sum()) for batch in batches) // BATCHES
+    matrices = sum(p.numel() for p in start.parameters() if p.dim() > 1)  # the embedding counts as the head
+    pairs = sum(int((batch["positions"] + 1)[batch["document"] >= 0].sum()) for batch in batches) // BATCHES
+    flops = 6 * matrices * tokens + 12 * pairs * config.layers * config.heads * config.head_dim
+    # Weights are read twice, gradients written and read, both moments read and written, weights written.
+    cost = Cost(flops, 4 * 9 * sum(p.numel() for p in start.parameters()))
+    return Work(lambda: tuple(p.detach().clone().to(device) for p in start.parameters()), providers, definition,
+                {"step": cost}, differentiable=len(names), whole=True, tokens=tokens,
+                notes=[f"{matrices / 1e6:.1f} M in matrices; float64 by {who}"],
+                operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"))
+
+
+DEMO = {"rows": 16, "length": 256, "shortest": 40, "longest": 140, "vocabulary": 3072, "dim": 128, "layers": 5,
+        "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_dim": 384, "counted": 100}
+LARGE = {"rows": 8, "length": 2048, "shortest": 128, "longest": 1024, "vocabulary": 32768, "dim": 1024, "layers": 24,
+         "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp_dim": 3072, "counted": 100}
+TINY = {"rows": 2, "length": 64, "shortest": 5, "longest": 30, "vocabulary": 100, "dim": 64, "layers": 2, "heads": 2,
+        "kv_heads": 1, "head_dim": 16, "mlp_dim": 96}
+TARGETS = {"cpu": [Target("time", "step", (THEIRS, THEIRS_WIDE), at_least=1.3)],
+           "cuda": [Target("mfu", "step", at_least=0.45)]}
+PRESETS = {
+    name: Preset(description, build, {"cpu": DEMO | counted, "cuda": LARGE | counted, "tiny": TINY}, TARGETS,
+                 {"cpu": "auto", "cuda": "auto"})
+    for name, description, counted in (("packed", "every token counts, as in pretrain", {"counted": 100}),
+                                       ("answers", "40% of the tokens count, as in instruct", {"counted": 40}))
+}
+
+main = harness.main("train_step", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,5 @@
-"""Fills the README's table of results from docs/results/*.json, so that no number is typed by hand.
+"""Fills the tables of the README and of docs/kernels.md from docs/results/*.json and benchmarks/results/*.json, so that
+no number is typed by hand.
 
     python docs/update_results.py --from runs/demo   copies the run's report (and the demo's gallery), then fills
     python docs/update_results.py                    fills from the committed files
@@ -17,9 +18,10 @@ from onevocab.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-README = ROOT / "README.md"
+TIMES = ROOT / "benchmarks" / "results"
+README, KERNELS = ROOT / "README.md", ROOT / "docs" / "kernels.md"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 SHOWN = ("demo", "demo-long")  # a column each; the other files give a line below the table
 TITLES = ("task", "split", "metric", *SHOWN, "chance", "ceiling: originals", "ceiling: tokenizer", "n")
 
@@ -74,13 +76,64 @@ def table(reports: dict[str, dict]) -> str:
     return "\n".join([*lines, "", *(_facts(name, report) for name, report in reports.items())])
 
 
-def fill(readme: str, reports: dict[str, dict]) -> str:
-    """The README's text with the block between the markers replaced."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise errors.UserError(f"README.md lacks {BEGIN} ... {END}; put both markers where the table belongs")
-    return f"{before}{BEGIN}\n{table(reports)}\n{END}{after}"
+def short(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _speeds(row: dict, others: list[dict]) -> str:
+    """The peers of one row, the fastest first: their time over ours."""
+    peers = [other for other in others if other["provider"] not in (row["provider"], "reference")]
+    return "; ".join(f"{peer['provider']} {peer['times_ours']:.2f}x"
+                     for peer in sorted(peers, key=lambda peer: peer["times_ours"]))
+
+
+def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
+    """One row for each step of each preset, a table for each device: our time, and the peers' over ours.
+
+    folder: where a page finds the results; aims: only presets that have one.
+    """
+    titles = "| benchmark | step | precision | ours, ms | ours, MiB | time of others / ours |"
+    lines: list[str] = []
+    for device in dict.fromkeys(result["device"] for result in results.values()):
+        of_device = {name: result for name, result in results.items() if result["device"] == device}
+        lines += [f"{device}:", "", titles, "|---|---|---|---:|---:|---|"]
+        commands: dict[str, None] = {}
+        for name, result in of_device.items():
+            for preset, found in result["presets"].items():
+                if aims and not found["targets"]:
+                    continue
+                for row in found["rows"]:
+                    if row["provider"] != "ours" or row["step"].startswith(("fresh", "backward")):
+                        continue
+                    others = [other for other in found["rows"] if other["step"] == row["step"]]
+                    step = {"both": "forward + backward"}.get(row["step"], row["step"])
+                    time, memory = short(row["seconds"] * 1e3), short(row["peak_bytes"] / 2**20)
+                    lines.append(f"| [{result['benchmark']}]({folder}{name}.md), {preset} | {step} | "
+                                 f"{found['dtype']} | {time} | {memory} | {_speeds(row, others)} |")
+                    commands[f"`{result['command']}`, {result['date']}"] = None
+        versions = next(iter(of_device.values()))["versions"]
+        lines += ["", f"torch {versions['torch']}; " + "; ".join(commands), ""]
+    return "\n".join(lines).rstrip()
+
+
+def fill(page: str, blocks: dict[str, str]) -> str:
+    """A page's text with the blocks between their markers replaced."""
+    for name, text in blocks.items():
+        before, begin, rest = page.partition(BEGIN.format(name))
+        _, end, after = rest.partition(END.format(name))
+        if not begin or not end:
+            raise errors.UserError(f"the page lacks {BEGIN.format(name)} ... {END.format(name)}; put both where the "
+                                   "table belongs")
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
+
+
+def pages() -> dict[Path, dict[str, str]]:
+    """What the committed files say: page -> the name of its place there -> text."""
+    times = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json"))}
+    return {README: {"results": table(committed()), "kernels": speeds(times, "benchmarks/results/", aims=True)},
+            KERNELS: {"kernels": speeds(times, "../benchmarks/results/")}}
 
 
 def committed() -> dict[str, dict]:
@@ -115,8 +168,9 @@ def main() -> None:
         if name == "demo":
             files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
         files.write_atomic(RESULTS / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    files.write_atomic(README, fill(README.read_text(encoding="utf-8"), committed()))
-    print(f"filled the table of {README}")
+    for path, found in pages().items():
+        files.write_atomic(path, fill(path.read_text(encoding="utf-8"), found))
+    print("filled the tables of " + " and ".join(str(path) for path in pages()))
 
 
 if __name__ == "__main__":

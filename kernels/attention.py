@@ -1,80 +1,24 @@
 """Attention whose mask is at most two intervals of visible keys per query.
 
 Shapes: q (B, H, S, D); k and v (B, Hkv, T, D), H a multiple of Hkv; float32, float64, bfloat16 or float16.
-`attention_reference` is the definition. On a CPU a mask of packed documents runs one fused kernel call per
-document; a dense mask would compute every pair and throw most away (forward and backward of 3,072 tokens in rows
-of 256 with three documents each, 2 cores: 8 ms against 12). Every other mask goes to SDPA as a dense one.
+`attention_reference` is the definition. A GPU runs Triton kernels that walk over visible blocks only. On a CPU a mask
+of packed documents runs one fused kernel call per document; a dense mask would compute every pair and throw most away
+(forward and backward of 3,072 tokens in rows of 256 with three documents each, 2 cores: 8 ms against 12). A prefix that
+documents share costs one call more for all of them. Every other mask goes to SDPA as a dense one.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onevocab.kernels.backend import choose
+from onevocab.kernels.decode import decode_attention
+from onevocab.kernels.mask import IntervalMask
+
+__all__ = ["IntervalMask", "attention", "attention_reference"]
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-@dataclass(eq=False)
-class IntervalMask:
-    """Query i of row b sees the keys first[b, i] .. last[b, i] and prefix_first[b, i] .. prefix_last[b, i].
-
-    Both ends count. All are int32 (B, S_q). first > last is an empty interval; a query with nothing to see gives
-    zeros, and no gradient.
-    """
-
-    first: Tensor
-    last: Tensor
-    prefix_first: Tensor | None = None
-    prefix_last: Tensor | None = None
-    document: Tensor | None = None  # (B, S), set by `causal` alone: it lets a CPU run document by document
-    _cache: dict = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def causal(cls, document: Tensor) -> "IntervalMask":
-        """Causal within each run of equal ids in document (B, S); negative is padding, sees nothing."""
-        index = torch.arange(document.shape[1], device=document.device, dtype=torch.int32).expand_as(document)
-        starts = torch.ones_like(document, dtype=torch.bool)
-        starts[:, 1:] = document[:, 1:] != document[:, :-1]
-        first = torch.where(starts, index, 0).cummax(1).values
-        padding = document < 0
-        return cls(first.masked_fill(padding, 1).int(), index.masked_fill(padding, 0), document=document)
-
-    @classmethod
-    def up_to(cls, positions: Tensor) -> "IntervalMask":
-        """Every key from 0 to positions (B, S), for decoding from a cache; negative is padding."""
-        last = positions.int()
-        return cls((last < 0).int(), last.clamp(min=0))
-
-    def dense(self, n_keys: int) -> Tensor:
-        """bool (B, 1, S_q, n_keys), True where a query sees a key; computed once per mask and n_keys."""
-        if n_keys not in self._cache:
-            keys = torch.arange(n_keys, device=self.first.device, dtype=torch.int32)
-            visible = (keys >= self.first[..., None]) & (keys <= self.last[..., None])
-            if self.prefix_first is not None:
-                visible |= (keys >= self.prefix_first[..., None]) & (keys <= self.prefix_last[..., None])
-            self._cache[n_keys] = visible[:, None]
-        return self._cache[n_keys]
-
-    def empty(self, n_keys: int) -> Tensor | None:
-        """bool (B, 1, S_q, 1), True where a query sees nothing; None when there is no such query."""
-        key = ("empty", n_keys)
-        if key not in self._cache:
-            empty = ~self.dense(n_keys).any(-1, keepdim=True)
-            self._cache[key] = empty if bool(empty.any()) else None
-        return self._cache[key]
-
-    def runs(self) -> tuple[list[int], list[bool]]:
-        """Lengths of the documents along the flattened (B * S) positions, and which of them are padding."""
-        if "runs" not in self._cache:
-            document = self.document
-            cut = torch.ones_like(document, dtype=torch.bool)  # rows never share a run
-            cut[:, 1:] = document[:, 1:] != document[:, :-1]
-            at = cut.flatten().nonzero().squeeze(1)
-            lengths = torch.diff(at, append=at.new_tensor([document.numel()]))
-            self._cache["runs"] = lengths.tolist(), (document.flatten()[at] < 0).tolist()
-        return self._cache["runs"]
 
 
 def attention_reference(q, k, v, mask: IntervalMask | None = None, scale: float | None = None) -> Tensor:
@@ -91,20 +35,43 @@ def attention_reference(q, k, v, mask: IntervalMask | None = None, scale: float 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: IntervalMask | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """Like `attention_reference`, fused. mask=None means causal and needs S == T.
+    """Like `attention_reference`, fused. mask=None means causal and needs S == T. backend: see `kernels.backend`.
 
-    Raises ValueError when the shapes of q, k, v and mask do not belong together.
+    Raises ValueError when shapes, types or devices of q, k, v and mask do not belong together, when a tensor is
+    empty, and when a backend is asked for that cannot run.
     """
     _check(q, k, v, mask)
+    chosen = choose("attention", q, k, v, backend=backend, unsupported=_unsupported(q, scale))
+    if chosen == "reference":
+        return attention_reference(q, k, v, mask, scale)
+    if chosen == "triton":  # imported here: not everywhere is triton installed
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if mask is not None and mask.lengths is not None and not grad and q.shape[1] // k.shape[1] <= 128:
+            return decode_attention(q, k, v, mask.lengths.clamp(0, k.shape[2]), scale=scale, backend="triton")
+        from onevocab.kernels import attention_triton
+
+        if mask is None:
+            mask = IntervalMask.causal(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device))
+        return attention_triton.attention(q, k, v, mask, scale)
+    return _with_torch(q, k, v, mask, scale)
+
+
+def _with_torch(q, k, v, mask, scale):
     gqa = q.shape[1] != k.shape[1]
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if q.device.type == "cpu" and mask.document is not None and q.shape[2] == k.shape[2]:
-        if q.dtype == torch.bfloat16:  # the CPU's flash backward is several times slower in bfloat16
-            return _ByDocument.apply(q.float(), k.float(), v.float(), mask.runs(), scale).to(q.dtype)
-        return _ByDocument.apply(q, k, v, mask.runs(), scale)
+        parts = mask.runs(), mask.prefixes()
+        if q.dtype in (torch.bfloat16, torch.float16):  # the CPU's flash backward is several times slower in these
+            return _ByDocument.apply(q.float(), k.float(), v.float(), *parts, scale).to(q.dtype)
+        return _ByDocument.apply(q, k, v, *parts, scale)
     visible, empty = mask.dense(k.shape[2]), mask.empty(k.shape[2])
     if empty is not None:  # an empty row sees anything, so that no kernel divides 0 by 0; dropped below
         visible = visible | empty
@@ -116,49 +83,97 @@ def attention(
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
+def _unsupported(q: Tensor, scale: float | None) -> str | None:
+    """Why the Triton kernels cannot take q of this type and head dim, or None."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernels take float32, bfloat16 and float16, not {q.dtype}"
+    if not 16 <= q.shape[-1] <= 128:
+        return f"its kernels take head dims 16 to 128, not {q.shape[-1]}"
+    if scale is not None and scale <= 0:
+        return f"its kernels take a positive scale, not {scale}"
+    return None
+
+
 def _check(q, k, v, mask):
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"attention: {shapes} are not all (B, heads, length, dim)")
+    if not (q.numel() and k.numel() and v.numel()):
+        raise ValueError(f"attention: {shapes}: a tensor is empty")
     fits = k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[-1] == k.shape[-1]
     if not fits or q.shape[1] % k.shape[1] or (mask is None and q.shape[2] != k.shape[2]):
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    if mask is not None and mask.first.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(f"attention: mask {tuple(mask.first.shape)} is not {(q.shape[0], q.shape[2])}")
+        raise ValueError(f"attention: {shapes} do not fit")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype} are not one floating-point type")
+    if mask is None:
+        return
+    shape = (q.shape[0], q.shape[2])
+    for part in (mask.first, mask.last, mask.prefix_first, mask.prefix_last):
+        if part is not None and part.shape != shape:
+            raise ValueError(f"attention: mask {tuple(part.shape)} is not {shape}")
+        if part is not None and part.device != q.device:
+            raise ValueError(f"attention: mask on {part.device}, q on {q.device}")
+    if (mask.prefix_first is None) != (mask.prefix_last is None):
+        raise ValueError("attention: a mask's second interval needs both of its ends")
 
 
 class _ByDocument(torch.autograd.Function):
-    """One causal call of the CPU's flash kernel per document, over views: nothing between documents is computed.
+    """One causal call of the CPU's flash kernel per document, over views, and one more for neighbouring documents
+    that share a prefix: nothing between documents is computed, and nothing of a prefix twice.
 
     Autograd over `split` would do the same in 1.2 to 1.4 times the time.
+
+    A query's own keys and its prefix give two softmaxes, which their log-sum-exps weigh against each other. The flash
+    backward is linear in what it is told: given the merged output and log-sum-exp, each part returns its exact share.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, runs, scale):
+    def forward(ctx, q, k, v, runs, prefixes, scale):
         lengths, padding = runs
         ctx.shape, ctx.groups = q.shape, q.shape[1] // k.shape[1]
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.runs, ctx.prefixes, ctx.scale = runs, prefixes, scale
         if ctx.groups > 1:
             k, v = (x.repeat_interleave(ctx.groups, dim=1) for x in (k, v))
         q, k, v = (_flatten(x) for x in (q, k, v))
         pieces = zip(*(x.split(lengths, 2) for x in (q, k, v)), padding, strict=True)
-        ctx.done = [
-            (torch.zeros_like(a), None) if pad else _flash(a, b, c, 0.0, True, scale=scale)
+        done = [
+            (torch.zeros_like(a), a.new_zeros(a.shape[:3], dtype=torch.promote_types(a.dtype, torch.float32)))
+            if pad
+            else _flash(a, b, c, 0.0, True, scale=scale)
             for a, b, c, pad in pieces
         ]
-        ctx.save_for_backward(q, k, v)
-        return _unflatten(torch.cat([out for out, _ in ctx.done], 2), ctx.shape)
+        out, lse = (torch.cat(parts, 2) for parts in zip(*done, strict=True))
+        for queries, keys in prefixes:
+            own, own_lse = out[:, :, queries], lse[:, :, queries]
+            shared, shared_lse = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, False, scale=scale)
+            share = torch.sigmoid(shared_lse - own_lse)  # e^a / (e^a + e^b)
+            own.lerp_(shared, share[..., None])
+            lse[:, :, queries] = torch.logaddexp(own_lse, shared_lse)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return _unflatten(out, ctx.shape)
 
     @staticmethod
     def backward(ctx, grad):
+        (lengths, padding), grad = ctx.runs, _flatten(grad)
+        q, k, v, out, lse = ctx.saved_tensors
         grads = []
-        tensors = (_flatten(grad), *ctx.saved_tensors)
-        for g, a, b, c, (out, lse) in zip(*(x.split(ctx.lengths, 2) for x in tensors), ctx.done, strict=True):
-            if lse is None:
-                grads.append((torch.zeros_like(g),) * 3)
+        for *piece, pad in zip(*(x.split(lengths, 2) for x in (grad, q, k, v, out, lse)), padding, strict=True):
+            if pad:
+                grads.append((torch.zeros_like(piece[0]),) * 3)
             else:
-                grads.append(_flash_backward(g, a, b, c, out, lse, 0.0, True, scale=ctx.scale))
-        dq, dk, dv = (_unflatten(torch.cat(parts, 2), ctx.shape) for parts in zip(*grads, strict=True))
+                grads.append(_flash_backward(*piece, 0.0, True, scale=ctx.scale))
+        dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*grads, strict=True))
+        for queries, keys in ctx.prefixes:
+            g, a, o, le = (x[:, :, queries] for x in (grad, q, out, lse))
+            b, c = k[:, :, keys], v[:, :, keys]
+            part_q, part_k, part_v = _flash_backward(g, a, b, c, o, le, 0.0, False, scale=ctx.scale)
+            dq[:, :, queries] += part_q
+            dk[:, :, keys] += part_k
+            dv[:, :, keys] += part_v
+        dq, dk, dv = (_unflatten(x, ctx.shape) for x in (dq, dk, dv))
         if ctx.groups > 1:
             dk, dv = (x.unflatten(1, (-1, ctx.groups)).sum(2) for x in (dk, dv))
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _flatten(x: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onevocab.kernels.backend import choose
+from onevocab.kernels.elementwise import unsupported_type
+
 
 class LossSums(NamedTuple):
     loss: Tensor  # scalar: sum over rows of weight * (nll + z_loss * lse ** 2)
@@ -28,50 +31,112 @@ def linear_cross_entropy_reference(hidden, weight, targets, weights, z_loss: flo
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, z_loss: float = 0.0, chunk: int = 512
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    z_loss: float = 0.0,
+    chunk: int | None = None,
+    backend: str | None = None,
 ) -> LossSums:
     """Like the reference; logits of at most `chunk` rows exist at once, and rows of zero weight cost nothing.
 
-    Gradients flow to hidden and weight. Raises IndexError when a target that counts is outside the vocabulary.
+    Gradients flow to hidden and weight, once: the backward pass scales in place what the forward pass kept. Raises
+    ValueError when shapes, dtypes or devices do not belong together, IndexError when a target that counts is outside
+    the vocabulary.
     """
-    needs_grad, kind = torch.is_grad_enabled(), hidden.device.type
+    _check(hidden, weight, targets, weights, chunk)
+    chosen = choose("linear_cross_entropy", hidden, weight, targets, weights, backend=backend,
+                    unsupported=unsupported_type(hidden, weight))
+    if chosen == "reference":
+        return linear_cross_entropy_reference(hidden, weight, targets, weights, z_loss)
+    kind = hidden.device.type
     if torch.is_autocast_enabled(kind):  # the matmuls in its type; softmax, loss and d weight in the weight's
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-        with torch.autocast(kind, enabled=False):
-            return LossSums(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, needs_grad))
-    return LossSums(*_LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, needs_grad))
+    with torch.autocast(kind, enabled=False):
+        return LossSums(*_fused(hidden, weight, targets, weights, z_loss, chunk or _chunk(hidden, weight), chosen))
+
+
+def _fused(hidden, weight, targets, weights, z_loss, chunk, chosen):
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    if chosen == "torch":
+        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, *wanted)
+    from onevocab.kernels.cross_entropy_triton import linear_cross_entropy as run
+
+    loss, nll, *_ = run(hidden, weight, targets, weights, z_loss, chunk, *wanted)
+    return loss, nll.detach()
+
+
+def _chunk(hidden: Tensor, weight: Tensor) -> int:
+    """Rows per chunk. Each chunk reads and writes all of d weight (V * d) beside its logits (rows * V): rows = d / 4
+    keeps the logits a quarter of d weight, and the rest of the traffic about as large as the softmax's. A GPU needs
+    tall matrices to be busy."""
+    least, most = (128, 512) if hidden.device.type == "cpu" else (1024, 4096)
+    return min(max(hidden.shape[1] // 4, least), most)
+
+
+def _check(hidden, weight, targets, weights, chunk):
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not fits or not targets.shape == weights.shape == hidden.shape[:1] or 0 in (*hidden.shape, *weight.shape):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (hidden, weight, targets, weights))
+        raise ValueError(f"linear_cross_entropy: {shapes} do not fit (N, d), (V, d), (N,), (N,), none of them empty")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"linear_cross_entropy: hidden {hidden.dtype} and weight {weight.dtype} must be floating")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"linear_cross_entropy: targets are ids, not {targets.dtype}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk {chunk} is not positive")
+
+
+def rows_that_count(hidden: Tensor, targets: Tensor, weights: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """(rows, hidden, targets int64, weights) of the rows whose weight is not zero; IndexError for a bad target."""
+    rows = weights.nonzero().squeeze(1)
+    targets = targets[rows].long()
+    if len(rows):
+        low, high = torch.stack(targets.aminmax()).tolist()
+        if low < 0 or high >= vocabulary:
+            raise IndexError(f"targets {low} .. {high} do not fit {vocabulary} ids")
+    if len(rows) < len(hidden):
+        hidden = hidden.index_select(0, rows)
+    return rows, hidden, targets, weights[rows].to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def scale_(kept: Tensor, grad: Tensor) -> Tensor:
+    """kept * grad in place: a second gradient as large as the head is not made. Autograd notices a second use.
+
+    While a compiler traces, not in place: what a graph keeps for its backward pass it may also give out.
+    """
+    return kept.mul_(grad.to(kept.dtype)) if type(grad) is Tensor else kept * grad.to(kept.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, weights, z_loss, chunk, needs_grad):
-        rows = weights.nonzero().squeeze(1)
-        x, t, w = hidden.index_select(0, rows), targets[rows].long(), weights[rows].float()
-        if len(rows) and not (0 <= int(t.min()) and int(t.max()) < len(weight)):
-            raise IndexError(f"targets {int(t.min())} .. {int(t.max())} do not fit {len(weight)} ids")
-        need_x, need_weight = (needs_grad and need for need in ctx.needs_input_grad[:2])
+    def forward(ctx, hidden, weight, targets, weights, z_loss, chunk, need_x, need_weight):
+        rows, x, t, w = rows_that_count(hidden, targets, weights, len(weight))
         head = weight.to(x.dtype)
-        d_x = torch.empty_like(x) if need_x else None
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
         d_weight = torch.zeros_like(weight) if need_weight else None
-        kept_nll = torch.empty(len(rows), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        kept_nll = x.new_empty(len(rows), dtype=w.dtype)
         loss = kept_nll.new_zeros(())
-        # the two large buffers are made once: fresh pages for each chunk would cost a CPU as much as the softmax
+        # The large buffers are made once: fresh pages for each chunk would cost a CPU as much as the softmax.
         logits_buffer = x.new_empty(min(chunk, len(rows)), len(weight))
-        probabilities_buffer = torch.empty_like(logits_buffer, dtype=kept_nll.dtype)
+        softmax_buffer = logits_buffer if x.dtype == w.dtype else torch.empty_like(logits_buffer, dtype=w.dtype)
         for start in range(0, len(rows), chunk):
             part = slice(start, min(start + chunk, len(rows)))
             n = part.stop - start
             logits = torch.mm(x[part], head.t(), out=logits_buffer[:n])
-            probabilities = torch.softmax(logits, -1, dtype=kept_nll.dtype, out=probabilities_buffer[:n])
-            logits = logits.to(kept_nll.dtype)
+            top, at_target = (each.to(w.dtype) for each in (logits.amax(-1), logits.gather(1, t[part, None])[:, 0]))
+            # Over the logits themselves where the types agree: the kernel is done with a row before it writes it.
+            probabilities = torch.softmax(logits, -1, dtype=w.dtype, out=softmax_buffer[:n])
             # ln Z from the likeliest id, whose probability never underflows: one pass less than logsumexp
-            lse = logits.amax(-1) - probabilities.amax(-1).log()
-            kept_nll[part] = lse - logits.gather(1, t[part, None]).squeeze(1)
+            lse = top - probabilities.amax(-1).log()
+            kept_nll[part] = lse - at_target
             loss += (w[part] * (kept_nll[part] + z_loss * lse**2)).sum()
             if need_x or need_weight:  # d loss / d logits = w * ((1 + 2 z lse) * p - onehot), in place
                 d_logits = probabilities.mul_((w[part] * (1 + 2 * z_loss * lse))[:, None])
-                d_logits.scatter_add_(1, t[part, None], -w[part, None].to(d_logits.dtype))
-                d_logits = d_logits.to(x.dtype)
+                d_logits.scatter_add_(1, t[part, None], -w[part, None])
+                if x.dtype != w.dtype:
+                    d_logits = logits.copy_(d_logits)
                 if need_x:
                     torch.mm(d_logits, head, out=d_x[part])
                 if need_weight and x.dtype == weight.dtype:
@@ -88,8 +153,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, _):
         rows, d_x, d_weight = ctx.saved_tensors
         if d_x is not None:
-            full = d_x.new_zeros(ctx.n_rows, d_x.shape[1])
-            d_x = full.index_copy_(0, rows, d_x * grad.to(d_x.dtype))
-        if d_weight is not None:
-            d_weight = d_weight * grad.to(d_weight.dtype)
-        return d_x, d_weight, None, None, None, None, None
+            d_x = scale_(d_x, grad)
+            if len(rows) < ctx.n_rows:
+                d_x = d_x.new_zeros(ctx.n_rows, d_x.shape[1]).index_copy_(0, rows, d_x)
+        return d_x, None if d_weight is None else scale_(d_weight, grad), *(None,) * 6

@@ -1,14 +1,32 @@
 """RMSNorm, per-head RMSNorm with rotary positions, and SwiGLU, with backward passes that touch memory as little
 as they can: written plainly they cost a CPU a third of what the matmuls cost.
+
+Each takes `backend`: "triton", "torch" (the fastest correct torch operators), "reference", or None to choose.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onevocab.kernels.backend import choose
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported_type(*tensors: Tensor) -> str | None:
+    """Why no Triton kernel takes these tensors, or None."""
+    kinds = sorted({str(x.dtype) for x in tensors if x.is_floating_point() and x.dtype not in TRITON_TYPES})
+    return f"the kernel has no {' or '.join(kinds)}" if kinds else None
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None):
+    """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension (Zhang and Sennrich 2019).
+
+    With a residual of x's shape: (that of x + residual, x + residual).
+    """
+    if residual is not None:
+        total = x + residual
+        return rms_norm_reference(total, weight, eps), total
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
@@ -29,25 +47,87 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., d), weight (d,) -> (..., d)."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x (..., d), weight (d,) -> (..., d); with a residual (..., d): (normed, x + residual), both (..., d).
+
+    Raises ValueError when shapes, dtypes or devices do not belong together.
+    """
+    given = (x, weight) if residual is None else (x, weight, residual)
+    _check("rms_norm", *given)
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"rms_norm: {_shapes(*given)} do not fit x (..., d), weight (d,), residual (..., d)")
+    odd = f"a row holds at most 32768, not {len(weight)}" if len(weight) > 32768 else unsupported_type(*given)
+    chosen = choose("rms_norm", *given, backend=backend, unsupported=odd)
+    if chosen == "reference":
+        return rms_norm_reference(x, weight, eps, residual)
+    if chosen == "triton":
+        from onevocab.kernels import elementwise_triton as kernels
+
+        return kernels.rms_norm(x, weight, eps) if residual is None else kernels.add_rms_norm(x, residual, weight, eps)
+    if residual is not None:
+        total = x + residual
+        return _rms_norm_torch(total, weight, eps), total
+    return _rms_norm_torch(x, weight, eps)
+
+
+def qk_norm_rope(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, backend: str | None = None
+) -> Tensor:
+    """RMSNorm of each head, then rotary positions: x (B, S, H, D), weight (D,), cos and sin (B, S, D/2).
+
+    Norm and angles in the weight's precision when x has another (autocast). cos and sin get no gradient. Raises
+    ValueError when shapes, dtypes or devices do not belong together.
+    """
+    _check("qk_norm_rope", x, weight, cos, sin)
+    fits = x.dim() == 4 and x.shape[-1] % 2 == 0 and weight.shape == x.shape[-1:]
+    if not fits or not cos.shape == sin.shape == (*x.shape[:2], x.shape[-1] // 2):
+        shapes = _shapes(x, weight, cos, sin)
+        raise ValueError(f"qk_norm_rope: {shapes} do not fit x (B, S, H, D), weight (D,), cos and sin (B, S, D/2)")
+    odd = f"head dims go up to 512, not {x.shape[-1]}" if x.shape[-1] > 512 else unsupported_type(x, weight, cos, sin)
+    chosen = choose("qk_norm_rope", x, weight, cos, sin, backend=backend, unsupported=odd)
+    if chosen == "triton":
+        from onevocab.kernels import elementwise_triton as kernels
+
+        return kernels.qk_norm_rope(x, weight, cos, sin, eps)
+    kind, x = x.dtype, x.to(weight.dtype)
+    if chosen == "reference":
+        return qk_norm_rope_reference(x, weight, cos, sin, eps).to(kind)
+    if x.device.type != "cpu":
+        return rotary_reference(F.rms_norm(x, weight.shape, weight, eps), cos, sin).to(kind)
+    return _QKNormRope.apply(x, weight, cos, sin, eps).to(kind)
+
+
+def swiglu(gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
+    """silu(gate) * up, both (..., m). Raises ValueError when they do not belong together."""
+    _check("swiglu", gate, up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)} differ")
+    chosen = choose("swiglu", gate, up, backend=backend, unsupported=unsupported_type(gate))
+    if chosen == "reference":
+        return swiglu_reference(gate, up)
+    if chosen == "triton":
+        from onevocab.kernels import elementwise_triton as kernels
+
+        return kernels.swiglu(gate, up)
+    return F.silu(gate) * up if not torch.is_grad_enabled() else _SwiGLU.apply(gate, up)
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
+
+
+def _check(name: str, *tensors: Tensor) -> None:
+    if any(x.dim() == 0 or x.numel() == 0 or not x.is_floating_point() for x in tensors):
+        kinds = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise ValueError(f"{name}: {kinds}; takes floating-point tensors that are not empty")
+
+
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu" or not torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
-
-
-def qk_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each head, then rotary positions: x (B, S, H, D), weight (D,), cos and sin (B, S, D/2)."""
-    if x.dtype != weight.dtype:  # autocast: norms and angles stay in the weights' precision
-        return qk_norm_rope(x.to(weight.dtype), weight, cos, sin, eps).to(x.dtype)
-    if x.device.type != "cpu":
-        return rotary_reference(F.rms_norm(x, weight.shape, weight, eps), cos, sin)
-    return _QKNormRope.apply(x, weight, cos, sin, eps)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, both (..., m)."""
-    return F.silu(gate) * up if not torch.is_grad_enabled() else _SwiGLU.apply(gate, up)
 
 
 def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,14 @@
 """The keys and values of what a model has read so far."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from onevocab.model.config import ModelConfig
+if TYPE_CHECKING:  # at run time any object with its fields does: benchmarks run without pydantic
+    from onevocab.model.config import ModelConfig
 
 
 class KVCache:
@@ -38,7 +43,7 @@ class KVCache:
         self.values[layer][rows, slots] = values[rows, columns]
         return self.keys[layer][:, :n_keys], self.values[layer][:, :n_keys]
 
-    def select(self, rows: Tensor) -> "KVCache":
+    def select(self, rows: Tensor) -> KVCache:
         """A new cache that holds these rows (integer indices), in this order."""
         other = object.__new__(KVCache)
         other.max_length = self.max_length

@@ -4,6 +4,10 @@ Pre-norm RMSNorm, SwiGLU, grouped-query attention, RMSNorm on each head's q and 
 B rows, S positions, H query heads, Hkv key heads, D head_dim; hidden states (B, S, dim).
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +15,9 @@ from torch import Tensor, nn
 from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.elementwise import qk_norm_rope, rms_norm, swiglu
 from onevocab.model.cache import KVCache
-from onevocab.model.config import ModelConfig
+
+if TYPE_CHECKING:  # at run time any object with its fields does: benchmarks run without pydantic
+    from onevocab.model.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -20,8 +26,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """With a residual: (the norm of x + residual, x + residual)."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -67,8 +74,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask, store)
+        normed, x = self.post_attention_layernorm(attended, x)
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):

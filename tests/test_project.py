@@ -153,12 +153,8 @@ while todo:
 refused = {top for top, names in metadata.packages_distributions().items()
            if not any(normal(name) in closure for name in names)} - {"packaging", "pip", "setuptools"}
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in refused:
-            raise ModuleNotFoundError(f"No module named {name!r} (not a base dependency)", name=name)
-
-sys.meta_path.insert(0, Refuse())
+for name in refused:
+    sys.modules[name] = None  # imports raise and find_spec finds nothing, as where it is not installed
 failed = 0
 for name in sys.argv[1:]:
     try:
@@ -182,7 +178,7 @@ def test_every_module_imports_with_the_base_dependencies_alone():
     for floor, path in modules():
         if path.parent == ROOT:
             names.append(path.name)
-        elif f"onevocab.{floor}" in FOLDERS:
+        elif f"onevocab.{floor}" in FOLDERS and not path.stem.endswith("_triton"):  # those are what needs triton
             parts = path.relative_to(ROOT).with_suffix("").parts
             names.append("onevocab." + ".".join(part for part in parts if part != "__init__"))
     done = subprocess.run(
@@ -312,7 +308,7 @@ def test_files_stay_short_and_small():
 def test_make_plans_every_target():
     if not shutil.which("make"):
         pytest.skip("no make")
-    for target in ("demo", "test", "smoke", "bench", "lint"):
+    for target in ("demo", "test", "smoke", "bench", "bench-gpu", "lint"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, f"make {target}: {done.stderr}"
     for config in re.findall(r"configs/[\w-]+\.toml", (ROOT / "Makefile").read_text()):

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 
+from onevocab.common.errors import UserError
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "sh", "shell", "console")
@@ -180,10 +182,37 @@ def load_update_results():
     return module
 
 
-def test_table_is_what_the_committed_results_say():
+def test_tables_are_what_the_committed_results_say():
     update = load_update_results()
-    assert update.BEGIN in README and update.END in README
-    assert README == update.fill(README, update.committed()), "run `python docs/update_results.py`"
+    for path, blocks in update.pages().items():
+        page = path.read_text(encoding="utf-8")
+        assert update.fill(page, blocks) == page, "run `python docs/update_results.py`"
+
+
+def test_a_marker_that_is_missing_is_named():
+    update = load_update_results()
+    with pytest.raises(UserError, match="kernels:begin"):
+        update.fill("nothing", {"kernels": "text"})
+
+
+def test_table_of_speeds():
+    update = load_update_results()
+
+    def row(step, provider, times):
+        return {"step": step, "provider": provider, "seconds": 0.0125, "peak_bytes": 3 << 20, "times_ours": times}
+
+    rows = [row("forward", "ours", 1.0), row("forward", "slow", 2.5), row("forward", "reference", 9.0),
+            row("forward", "fast", 0.5), row("fresh", "ours", 1.0)]
+    file = {"benchmark": "decode", "device": "a laptop", "date": "2025-01-31", "command": "python -m x",
+            "versions": {"torch": "2.13"}, "presets": {"long": {"dtype": "float32", "rows": rows, "targets": []},
+                                                   "batch": {"dtype": "float32", "rows": rows, "targets": ["one"]}}}
+    text = update.speeds({"decode-cpu": file, "decode-gpu": file | {"device": "a GPU"}}, "here/")
+    line = "| [decode](here/decode-{}.md), long | forward | float32 | 12.5 | 3 | fast 0.50x; slow 2.50x |"
+    assert line.format("cpu") in text and line.format("gpu") in text and "reference" not in text
+    assert text.count("12.5") == 4 and text.index("a laptop:") < text.index("a GPU:")
+    assert "torch 2.13; `python -m x`, 2025-01-31" in text
+    aims = update.speeds({"decode-cpu": file}, "here/", aims=True)
+    assert "batch" in aims and "long" not in aims
 
 
 def test_table_of_a_report():
@@ -208,10 +237,11 @@ def test_table_of_a_report():
         "date": "2025-01-31",
     }
     longer = report | {"results": [row | {"value": 0.9, "interval": None, "ceiling_tokenizer": 0.98}]}
-    text = update.fill(f"a\n{update.BEGIN}\nold\n{update.END}\nz\n", {"demo": report, "demo-long": longer, "x": report})
+    block = {"results": update.table({"demo": report, "demo-long": longer, "x": report})}
+    text = update.fill("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nz\n", block)
     assert "| accuracy | 0.871 (0.850 to 0.890) | 0.900 | – | 1.000 | 0.960 / 0.980 | 400 |" in text
     assert "old" not in text and text.startswith("a\n") and text.endswith("\nz\n")
     assert "- **x**: `make demo`, a laptop, 2025-01-31, torch 2.13. 1.0 minutes after the installation" in text
-    assert update.fill(text, {"demo": report, "demo-long": longer, "x": report}) == text
-    alone = update.fill(text, {"demo": report})
+    assert update.fill(text, block) == text
+    alone = update.fill(text, {"results": update.table({"demo": report})})
     assert "| accuracy | 0.871 (0.850 to 0.890) | – | 1.000 | 0.960 | 400 |" in alone

@@ -203,12 +203,3 @@ def test_two_ranks_agree(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
-
-
-def test_train_step_benchmark_agrees_with_transformers(tmp_path, capsys):
-    from benchmarks.train_step import main
-
-    main(["--check", "--rows", "2", "--dim", "64", "--layers", "2", "--vocab-size", "100"])
-    assert "errors against float64" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["--rows", "0"])

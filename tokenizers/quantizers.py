@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from onevocab.kernels.vq import vq_assign
+
 
 class QuantizerConfig(BaseModel):
     """kind: "vq" or "fsq"; codes, dim: codebook entries and their dimension (vq); levels: per dimension (fsq)."""
@@ -52,8 +54,7 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z: Tensor) -> Tensor:
         """(..., dim) -> (...) index of the code nearest by angle."""
-        with torch.autocast(z.device.type, enabled=False):  # near ties must not depend on the precision
-            return (F.normalize(z, dim=-1).reshape(-1, self.dim) @ self.codebook.T).argmax(-1).reshape(z.shape[:-1])
+        return vq_assign(F.normalize(z, dim=-1).reshape(-1, self.dim), self.codebook).reshape(z.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
         """(...) -> (..., dim)"""
@@ -97,7 +98,7 @@ class VectorQuantizer(nn.Module):
         z = F.normalize(z.reshape(-1, self.dim), dim=-1)
         centres = z[torch.randint(len(z), (self.size,))]
         for _ in range(iterations):
-            nearest = (z @ centres.T).argmax(-1)
+            nearest = vq_assign(z, centres)
             sums = torch.zeros_like(centres).index_add_(0, nearest, z)
             empty = torch.bincount(nearest, minlength=self.size) == 0
             sums[empty] = z[torch.randint(len(z), (int(empty.sum()),))]
