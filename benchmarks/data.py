@@ -13,6 +13,7 @@ index is there already (how long it took to make is told apart).
 import argparse
 import hashlib
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,15 +23,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset
 from PIL import Image
 
-from benchmarks.train_step import measure
+from benchmarks import measure
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
 from onevocab.data.index import IndexedShard, build_index, index_path, read_indexed
-from onevocab.data.shards import ShardFile, read_shard
+from onevocab.data.shards import read_shard
+from onevocab.data.writing import ShardFile
 from onevocab.tokenizers.media import encode_png, load_image
 
 
@@ -147,8 +150,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.check:
             return
         for kind, readers in ways(path).items():
-            steps = {name: lambda _, begin=begin: deque(begin(), maxlen=0) for name, begin in readers.items()}
-            results[kind] = ratios(measure(steps, args.repetitions, [samples]))
+            calls = {name: lambda _, begin=begin: deque(begin(), maxlen=0) for name, begin in readers.items()}
+            times = measure.time_all(calls, torch.device("cpu"), math.inf, args.repetitions)
+            results[kind] = ratios({name: [samples / t for t in taken] for name, taken in times.items()})
             for name, found in results[kind].items():
                 low, high = found["ratio_quartiles"]
                 print(f"{kind:8} {name:24} {found['samples_per_second']:>9,} samples/s   {found['ratio']:.2f}x "

@@ -23,7 +23,9 @@ from onevocab.data.documents import (
     modality_of_ending,
     turns_of,
 )
-from onevocab.data.shards import Sample, ShardFile, codes_to_npy, list_shards, npy_to_codes, read_header, read_shard
+from onevocab.data.index import read_indexed
+from onevocab.data.shards import Sample, codes_to_npy, list_shards, npy_to_codes, read_header
+from onevocab.data.writing import ShardFile
 
 
 @dataclass
@@ -100,7 +102,7 @@ def _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar) -> N
             pending.clear()
             waiting.clear()
 
-        for sample in read_shard(shard):
+        for sample in read_indexed(shard, verify=True, salvage=True):
             try:
                 endings = list(dict.fromkeys(media_endings(turns_of(sample))))
             except BadSample as error:

@@ -19,8 +19,8 @@ from onevocab.common.errors import UserError
 from onevocab.common.processes import run_processes
 from onevocab.data import demo_tasks as tasks
 from onevocab.data import speech
-from onevocab.data.shards import ShardWriter
 from onevocab.data.world import NAMES, Scene, random_scene, render
+from onevocab.data.writing import ShardWriter
 from onevocab.tokenizers.media import encode_audio, encode_png
 
 

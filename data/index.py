@@ -1,8 +1,9 @@
 """Random access to shards: a sidecar index says where every member of a plain tar lies.
 
 `.x.tar.index` stands beside `x.tar` and holds keys, endings, offsets, sizes and crc32 of what `read_shard` reads, by
-its rules. It is made by one pass over the shard, counts only for a shard of exactly that size and time of last change,
-and is a safetensors file, so nothing in it is unpickled. An index that does not fit its shard is made again.
+its rules. It is made when we write a shard, or by one pass over it, counts only for a shard of exactly that size and
+time of last change, and is a safetensors file, so nothing in it is unpickled. An index that does not fit its shard is
+made again; one whose time alone is another (the shard was copied) still says what the checksums were.
 """
 
 import json
@@ -23,143 +24,41 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import write_atomic
 from onevocab.common.processes import run_processes
 from onevocab.data.shards import (
-    _META,
-    _SPLIT,
+    DAMAGED,
+    DOUBLE,
     ENDINGS,
     HEADER,
     MAX_MEMBER,
+    OUTSIDE,
+    SPECIAL,
+    Damaged,
     Sample,
     check_header,
+    entries,
+    is_meta,
     parse_header,
-    unsafe_name,
+    split_name,
+    too_large,
 )
 
 VERSION = 1
-READ, SPECIAL, OUTSIDE, DOUBLE, DAMAGED = range(5)  # status of a member: it is read, or why not
-REASONS = ("", "a link, device or other special file", "its name points outside the shard",
-           "two members of this name", "the shard is damaged or cut short here")
+READ = 0  # status of a member that is read; of others the place in REASONS of why not
+CHANGED = "its checksum is not the index's: it was damaged after it was written (if not, remove the shard's index)"
+REASONS = ("", SPECIAL, OUTSIDE, DOUBLE, DAMAGED, CHANGED)
 ARRAYS = {"first": np.int64, "key_stop": np.int64, "keys": np.uint8, "offset": np.int64, "size": np.int64,
           "crc": np.uint32, "ending": np.uint32, "status": np.uint8, "header": np.int64}
 CHUNK = 4096  # samples whose places are taken out of the arrays at once
 log = logging.getLogger("onevocab.data")
 
 
-# ---------------------------------------------------------------------------------------------------- tar
-
-BLOCK = 512
-MAX_EXTENSION, MAX_NAME = 1 << 20, 4096  # bytes of a header that extends the next one; of a name
-_ZEROS = bytes(BLOCK)
-_EXTENSIONS = (b"L", b"K", b"x", b"X", b"g")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size counts nothing
-_SPARSE = b"GNU.sparse."
-
-
-class _Damaged(Exception):
-    """What is wrong with a tar, and where."""
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or base 256 after a byte 0x80 (GNU)."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip()
-    if digits.strip(b"01234567"):
-        raise _Damaged(f"{digits!r} stands in a header for a number")
-    return int(digits or b"0", 8)
-
-
-def _check_sum(block: bytes, at: int) -> None:
-    found, summed = _number(block[148:156]), block[:148] + block[156:]
-    wanted = sum(summed) + 8 * ord(" ")
-    if found != wanted and found != wanted - 256 * sum(byte > 127 for byte in summed):  # some summed signed bytes
-        raise _Damaged(f"bad checksum of the header at byte {at:,}")
-
-
-def _records(text: bytes, at: int) -> dict[bytes, bytes]:
-    """The records `length key=value` of a PAX header; length counts the whole record with its line end."""
-    found, text, start = {}, text.rstrip(b"\0"), 0
-    while start < len(text):
-        digits = text[start : start + 20].partition(b" ")[0]
-        stop = start + (int(digits) if digits.isdigit() else 0)
-        key, equals, value = text[start + len(digits) + 1 : max(stop - 1, 0)].partition(b"=")
-        if not equals or text[stop - 1 : stop] != b"\n":
-            raise _Damaged(f"a broken PAX record at byte {at:,}")
-        found[key], start = value, stop
-    return found
-
-
-def _headers(file, total: int) -> Iterator[tuple[str, bool, int, int]]:
-    """Yields (name, whether it is a plain file, offset, size) of every member that is not a folder, `file` standing at
-    its content then. Understands ustar, GNU and PAX; where they leave a choice, chooses as `tarfile` does.
-
-    total: bytes of the file. Raises _Damaged where the tar is not one any more, or has no end marker.
-    """
-    at, said = 0, {}  # said: what extension headers say about the member that follows
-    while True:
-        if at > total:
-            raise _Damaged("the last member is not whole")
-        file.seek(at)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            raise _Damaged(f"no end marker at byte {at:,}")
-        if block == _ZEROS:
-            if said:
-                raise _Damaged(f"the member that is announced before byte {at:,} is not there")
-            return
-        _check_sum(block, at)
-        kind, size, at = block[156:157], _number(block[124:136]), at + BLOCK
-        if kind in _EXTENSIONS:
-            text = file.read(size) if size <= MAX_EXTENSION else b""
-            if len(text) < size:
-                raise _Damaged(f"a bad extension header before byte {at:,}")
-            if kind in (b"L", b"K"):
-                told = {b"path" if kind == b"L" else b"linkpath": text.partition(b"\0")[0]}
-            else:
-                told = _records(text, at)
-            if kind == b"g":  # for all members that follow: dates and comments do no harm, a name or a size would
-                if any(key in (b"path", b"size") or key.startswith(_SPARSE) for key in told):
-                    raise _Damaged(f"a global header that names a file before byte {at:,}")
-                told = {}
-            said = told | said  # what was said first counts
-            at += _padded(size)
-            continue
-        name = block[:100].partition(b"\0")[0]
-        folder = kind == b"5" or (kind == b"\0" and name.endswith(b"/"))  # the second is how the oldest tars say it
-        prefix = block[345:500].partition(b"\0")[0]
-        if prefix and kind != b"S":
-            name = prefix + b"/" + name
-        more = kind == b"S" and block[482]  # an old GNU sparse file: its map may go on before the content
-        while more:
-            block = file.read(BLOCK)
-            if len(block) < BLOCK:
-                raise _Damaged(f"no end marker at byte {at:,}")
-            more, at = block[504], at + BLOCK
-        name = said.get(_SPARSE + b"name", said.get(b"path", name))
-        plain = kind in (b"0", b"\0") and not any(key.startswith(_SPARSE) for key in said)
-        if b"size" in said:
-            if not said[b"size"].isdigit() or len(said[b"size"]) > 18:
-                raise _Damaged(f"an impossible size before byte {at:,}")
-            size = int(said[b"size"])
-        if folder or kind in _WITHOUT_DATA:
-            size = 0
-        if len(name) > MAX_NAME:
-            raise _Damaged(f"a name of {len(name):,} bytes before byte {at:,}")
-        if not folder:
-            yield name.decode("utf-8", "surrogateescape"), plain, at, size
-        at, said = at + _padded(size), {}
-
-
-def _crc32(file, size: int) -> int:
-    """crc32 of the next `size` bytes, read in pieces: a header can promise anything."""
+def _crc32(file, offset: int, size: int) -> int:
+    """crc32 of `size` bytes, read in pieces: a header can promise anything."""
+    file.seek(offset)
     crc = 0
     while size:
         piece = file.read(min(size, 1 << 20))
         if not piece:
-            raise _Damaged("the last member is not whole")
+            raise Damaged("the last member is not whole")
         crc, size = zlib.crc32(piece, crc), size - len(piece)
     return crc
 
@@ -198,7 +97,7 @@ class Index:
 
     @classmethod
     def load(cls, path, stat: os.stat_result) -> "Index | None":
-        """The index beside a shard of this `stat`; None when there is none, or none that fits."""
+        """The index beside a shard of this size; None when there is none, or none that makes sense."""
         try:
             file = index_path(path)
             if file.stat().st_size > 8 * stat.st_size + 65536:  # a member takes more of a tar than of its index
@@ -208,10 +107,20 @@ class Index:
             if about.pop("version") != VERSION:
                 return None
             index = cls(**arrays, **(about | {"shard": tuple(about["shard"])}))
-            fits = index.shard == (stat.st_size, stat.st_mtime_ns) and index._is_consistent()
+            fits = index.shard[0] == stat.st_size and index._is_consistent()
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             return None
         return index if fits else None
+
+    def remember(self, before: "Index") -> None:
+        """Takes over the checksums of an older index of the same members: what differs now was damaged since, as by a
+        faulty disk or a copy that went wrong."""
+        places = ("first", "keys", "offset", "size")
+        if not all(np.array_equal(getattr(self, name), getattr(before, name)) for name in places):
+            return
+        changed = (self.status == READ) & (before.status == READ) & (self.crc != before.crc)
+        self.status[changed | (before.status == REASONS.index(CHANGED))] = REASONS.index(CHANGED)
+        self.crc[:] = before.crc
 
     def _is_consistent(self) -> bool:
         """Whether all numbers stay within the shard and the tables: a stranger's shard brings a stranger's index."""
@@ -245,31 +154,27 @@ def _scan(path, file) -> Index:
     seen: set[str] = set()
     stat = os.fstat(file.fileno())
     try:
-        for name, plain, offset, size in _headers(file, stat.st_size):
-            status = SPECIAL if not plain else OUTSIDE if unsafe_name(name) else READ
-            if status == READ and name.rpartition(".")[2].lower() not in ENDINGS:
-                continue
+        for name, offset, size, refused in entries(file):
+            status = REASONS.index(refused)
             if name == HEADER:
                 header += [offset, size if status == READ else -1]
-            if _META.match(name) or ("/" not in name and name.startswith("__") and name.endswith("__")):
+            split = None if is_meta(name) else split_name(name)
+            if split is None:
                 continue
-            split = _SPLIT.fullmatch(name)
-            if not split:
-                continue
-            key, ending = split[1], split[2].lower()
+            key, ending = split
             if not keys or key != keys[-1]:
                 keys.append(key)
                 first.append(len(rows))
                 seen = set()
             if ending in seen:
-                status = DOUBLE
+                status = REASONS.index(DOUBLE)
             seen.add(ending)
-            place = (offset, size, _crc32(file, size)) if status == READ else (0, 0, 0)
+            place = (offset, size, _crc32(file, offset, size)) if status == READ else (0, 0, 0)
             rows.append((*place, endings.setdefault(ending, len(endings)), status))
-    except _Damaged as error:
+    except Damaged as error:
         damage = str(error)
         if keys:  # nobody knows whether the last sample is complete
-            rows.append((0, 0, 0, endings.setdefault("", len(endings)), DAMAGED))
+            rows.append((0, 0, 0, endings.setdefault("", len(endings)), REASONS.index(DAMAGED)))
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     after = os.fstat(file.fileno())
@@ -293,25 +198,30 @@ def _open(path):
 
 def _index_of(path, file, must_save: bool) -> Index:
     """The saved index of an open shard, or a new one, saved."""
-    index = Index.load(path, os.fstat(file.fileno()))
-    if index is None:
-        index = _scan(path, file)
-        try:
-            write_atomic(index_path(path), index.to_bytes())
-        except OSError as error:
-            if must_save:
-                raise UserError(f"cannot write {index_path(path)}: {error.strerror}; make room, or the folder "
-                                "writable, or copy the shard elsewhere") from None
-            log.warning("cannot write %s (%s): every process that opens this shard will read it twice",
-                        index_path(path), error.strerror)
+    stat = os.fstat(file.fileno())
+    before = Index.load(path, stat)
+    if before is not None and before.shard[1] == stat.st_mtime_ns:
+        return before
+    index = _scan(path, file)
+    if before is not None:
+        index.remember(before)
+    try:
+        write_atomic(index_path(path), index.to_bytes())
+    except OSError as error:
+        if must_save:
+            raise UserError(f"cannot write {index_path(path)}: {error.strerror}; make room, or the folder "
+                            "writable, or copy the shard elsewhere") from None
+        log.warning("cannot write %s (%s): every process that opens this shard will read it twice",
+                    index_path(path), error.strerror)
     return index
 
 
-def build_index(path) -> Index:
+def build_index(path, must_save: bool = True) -> Index:
     """The index of a shard, made and saved unless one that fits is there. A damaged shard has one too, up to the
-    damage, which `Index.damage` tells. Raises UserError when the shard cannot be read or the index not be written."""
+    damage, which `Index.damage` tells. Raises UserError when the shard cannot be read, and when the index cannot be
+    written, unless `must_save` is False: then that is logged."""
     with _open(path) as file:
-        return _index_of(path, file, must_save=True)
+        return _index_of(path, file, must_save)
 
 
 def build_indexes(paths: Iterable, workers: int = 1) -> dict[Path, str]:
@@ -330,7 +240,9 @@ def build_indexes(paths: Iterable, workers: int = 1) -> dict[Path, str]:
 
 def _has_index(path) -> bool:
     with _open(path) as file:
-        return Index.load(path, os.fstat(file.fileno())) is not None
+        stat = os.fstat(file.fileno())
+        index = Index.load(path, stat)
+        return index is not None and index.shard[1] == stat.st_mtime_ns
 
 
 def _build(paths: list[Path]) -> None:
@@ -397,11 +309,11 @@ class IndexedShard:
             if status != READ:
                 refused[endings[ending]] = REASONS[status]
             elif size > self.max_member:
-                refused[endings[ending]] = f"{size:,} bytes, more than the {self.max_member:,} allowed"
+                refused[endings[ending]] = too_large(size, self.max_member)
             else:
                 content = self._map[offset : offset + size]
                 if self.verify and zlib.crc32(content) != crc:
-                    refused[endings[ending]] = "its checksum is not the index's: it was damaged after it was indexed"
+                    refused[endings[ending]] = CHANGED
                 else:
                     members[endings[ending]] = content
         return Sample(key, members, self.name, refused)

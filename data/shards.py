@@ -1,4 +1,4 @@
-"""Shards: plain webdataset tars, written whole or not at all, read as what they are: untrusted input.
+"""Shards: plain webdataset tars, read as what they are: untrusted input.
 
 A sample is the adjacent members that share a key; key and ending part at the first dot of the file's name, endings
 are lower-cased (webdataset's own rule). Only the endings in ENDINGS are ever read, nothing is unpickled, and no path
@@ -18,16 +18,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import webdataset
 
 from onevocab.common.errors import UserError
 
 ENDINGS = frozenset(("json", "txt", "jpg", "jpeg", "png", "webp", "flac", "wav", "npy"))
-MAX_MEMBER = 256 << 20  # bytes
+MAX_MEMBER, MAX_NAME = 256 << 20, 4096  # bytes; characters of a member's name
 HEADER_KEY, HEADER = "__header__/tokenizers", "__header__/tokenizers.json"
 CODE_TYPES = (np.dtype("<u2"), np.dtype("<u4"))
+
+SPECIAL, OUTSIDE = "a link, device or other special file", "its name points outside the shard"
+DOUBLE, DAMAGED = "two members of this name", "the shard is damaged or cut short here"
 
 _SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -58,98 +61,6 @@ def list_shards(path) -> list[Path]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-class ShardFile:
-    """One shard, written aside with webdataset's own writer and renamed when it is complete.
-
-    The same samples give the same bytes: no times, one owner, members of a sample in alphabetical order. Used as a
-    context manager; after an exception nothing is left under `path`.
-    """
-
-    def __init__(self, path, header: dict | None = None):
-        self.path, self.samples, self._before = Path(path), 0, None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._file = open(self._aside, "wb")
-        self._tar = webdataset.TarWriter(self._file, user="onevocab", group="onevocab", encoder=False, mtime=0)
-        if header is not None:
-            content = json.dumps(header, sort_keys=True).encode()
-            self._tar.write({"__key__": HEADER_KEY, "json": content})
-
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Adds a sample. Raises ValueError on a key or an ending that would not be read back."""
-        split = _SPLIT.fullmatch(key + ".x")
-        if not split or split[2] != "x" or _META.match(key) or unsafe_name(key) or key == self._before:
-            raise ValueError(f"bad or repeated sample key {key!r}: no dots in its last part, not the one before")
-        for ending in members:
-            if ending != ending.lower() or ending.rpartition(".")[2] not in ENDINGS or "/" in ending:
-                raise ValueError(f"sample {key}: a member may not end in {ending!r}; use {sorted(ENDINGS)}")
-        self._tar.write({"__key__": key, **members})
-        self._before = key
-        self.samples += 1
-
-    def close(self) -> None:
-        """Completes the shard: end marker, fsync, rename."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._aside, self.path)
-
-    def discard(self) -> None:
-        """Leaves nothing behind."""
-        self._tar.close()
-        self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        self.discard() if kind else self.close()
-
-
-class ShardWriter:
-    """Samples -> `folder/prefix-000000.tar`, `prefix-000001.tar`, ... of `samples_per_shard` samples each.
-
-    Raises UserError when the folder already holds shards of this prefix, unless `overwrite` (then they go first).
-    """
-
-    def __init__(self, folder, prefix: str, samples_per_shard: int = 1000, header: dict | None = None,
-                 overwrite: bool = False):
-        self.folder, self.prefix, self.header = Path(folder), prefix, header
-        self.samples_per_shard, self.shards, self._open = samples_per_shard, [], None
-        for old in sorted(self.folder.glob(f"{glob.escape(prefix)}-[0-9]*.tar")):
-            if not overwrite:
-                raise UserError(f"{old} exists already: choose another folder, or remove the old shards first")
-            old.unlink()
-
-    def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Adds a sample: ending -> bytes (`json`, `0.png`, ...). Raises ValueError as ShardFile.write does."""
-        if self._open is None:
-            self._open = ShardFile(self.folder / f"{self.prefix}-{len(self.shards):06d}.tar", self.header)
-        self._open.write(key, members)
-        if self._open.samples >= self.samples_per_shard:
-            self.close()
-
-    def close(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self.shards.append(self._open.path)
-            self._open = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind and self._open is not None:
-            self._open.discard()
-            self._open = None
-        self.close()
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
@@ -158,47 +69,89 @@ def unsafe_name(name: str) -> bool:
     return name.startswith(("/", "\\")) or ".." in name.split("/") or "\0" in name
 
 
-def _members(path: Path, max_member: int) -> Iterator[tuple[str, bytes | None, str]]:
-    """Yields (name, content or None, why it is None) of every member that is not a folder.
+class Damaged(Exception):
+    """What is wrong with a tar, and where."""
+
+
+class Entry(NamedTuple):
+    """A member that counts: offset and size of its content in bytes; refused: why it may not be read, or ""."""
+
+    name: str
+    offset: int
+    size: int
+    refused: str
+
+
+def entries(file) -> Iterator[Entry]:
+    """The members of an open plain tar that are no folders and have one of ENDINGS, or are refused.
 
     tarfile takes a cut or overwritten header for the end of the archive; so what follows the last member must be the
-    end marker, or the shard is damaged.
+    end marker, or the tar is damaged. Raises Damaged.
     """
-    damaged = f"{path} is damaged or cut short ({{}}); fetch or make this shard again"
+    total = os.fstat(file.fileno()).st_size
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")
+        reached = -1
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep every header of the shard
+            if info.size < 0 or info.offset_data <= reached:
+                raise tarfile.ReadError(f"impossible size of {info.name!r}")
+            reached = info.offset_data
+            if info.isdir():
+                continue
+            refused = ""
+            if len(info.name) > MAX_NAME:
+                raise tarfile.ReadError(f"a name of {len(info.name):,} characters")
+            if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.issparse():
+                refused = SPECIAL
+            elif unsafe_name(info.name):
+                refused = OUTSIDE
+            elif info.name.rpartition(".")[2].lower() not in ENDINGS:
+                continue
+            elif info.offset_data + info.size > total:
+                yield Entry(info.name, 0, 0, DAMAGED)
+                raise tarfile.ReadError(f"{info.name!r} is not whole")
+            yield Entry(info.name, info.offset_data, info.size, refused)
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no end marker at byte {tar.offset:,}")
+    except (tarfile.TarError, UnicodeError, ValueError, OverflowError, MemoryError, OSError) as error:
+        raise Damaged(str(error)) from None
+
+
+def is_meta(name: str) -> bool:
+    """Whether a member is about the shard and belongs to no sample: webdataset's own rule."""
+    return bool(_META.match(name)) or ("/" not in name and name.startswith("__") and name.endswith("__"))
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name -> (key, ending in lower case); None where it has no ending."""
+    split = _SPLIT.fullmatch(name)
+    return (split[1], split[2].lower()) if split else None
+
+
+def too_large(size: int, max_member: int) -> str:
+    """Why a member of so many bytes is refused."""
+    return f"{size:,} bytes, more than the {max_member:,} allowed"
+
+
+def _members(path: Path, max_member: int) -> Iterator[tuple[str, bytes | None, str]]:
+    """Yields (name, content or None, why it is None). Raises UserError."""
     try:
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     with file:
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")
-            reached = -1
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep every header of the shard
-                if info.size < 0 or info.offset_data <= reached:
-                    raise tarfile.ReadError(f"impossible size of {info.name!r}")
-                reached = info.offset_data
-                if info.isdir():
-                    continue
-                if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    yield info.name, None, "a link, device or other special file"
-                elif unsafe_name(info.name):
-                    yield info.name, None, "its name points outside the shard"
-                elif info.name.rpartition(".")[2].lower() not in ENDINGS:
-                    continue
-                elif info.size > max_member:
-                    yield info.name, None, f"{info.size:,} bytes, more than the {max_member:,} allowed"
-                else:
-                    file.seek(info.offset_data)
-                    content = file.read(info.size)
-                    if len(content) != info.size:
-                        raise tarfile.ReadError(f"{info.name!r} is not whole")
-                    yield info.name, content, ""
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no end marker at byte {tar.offset:,}")
-        except (tarfile.TarError, UnicodeError, ValueError, OverflowError, MemoryError, OSError) as error:
-            raise UserError(damaged.format(error)) from None
+            for name, offset, size, refused in entries(file):
+                refused = refused or (too_large(size, max_member) if size > max_member else "")
+                content = None
+                if not refused:
+                    file.seek(offset)
+                    content = file.read(size)
+                yield name, content, refused
+        except (Damaged, OSError) as error:
+            raise UserError(f"{path} is damaged or cut short ({error}); fetch or make this shard again") from None
 
 
 def read_shard(path, tokenizers_hash: str | None = None, max_member: int = MAX_MEMBER) -> Iterator[Sample]:
@@ -213,18 +166,16 @@ def read_shard(path, tokenizers_hash: str | None = None, max_member: int = MAX_M
     for name, content, reason in _members(path, max_member):
         if name == HEADER:
             check_header(path, parse_header(path, content), tokenizers_hash)
-        if _META.match(name) or ("/" not in name and name.startswith("__") and name.endswith("__")):
+        split = None if is_meta(name) else split_name(name)
+        if split is None:
             continue
-        split = _SPLIT.fullmatch(name)
-        if not split:
-            continue
-        key, ending = split[1], split[2].lower()
+        key, ending = split
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
             sample = Sample(key, {}, str(path))
         if ending in sample.members or ending in sample.refused:
-            sample.refused[ending] = "two members of this name"
+            sample.refused[ending] = DOUBLE
         elif content is None:
             sample.refused[ending] = reason
         else:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +20,8 @@ from safetensors.numpy import save
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked, write_atomic
 from onevocab.data.documents import BadSample, BadSamples, document_of
-from onevocab.data.shards import Sample, read_shard
+from onevocab.data.index import read_indexed
+from onevocab.data.shards import Sample, read_header
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, encode_document
 from onevocab.tokenizers.vocab import Vocabulary
@@ -97,8 +97,10 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
     return encoded.ids, flags, (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop)
 
 
-def encode_shard(samples: Iterator[Sample], tokenizers: Tokenizers) -> ShardDocuments:
-    """Encodes all samples of a shard."""
+def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
+    """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
+    cannot be read, and for damaged codes: they can be made again."""
+    samples = read_indexed(shard, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(shard) is None)
     encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
     tokens, flags, about, bad = [np.empty(0, np.int32)], [np.empty(0, np.uint8)], [], []
     for sample in samples:
@@ -172,12 +174,12 @@ def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocument
         with locked(path.with_suffix(".lock")):
             found = load()  # another process may have made it meanwhile
             if not found:
-                found = encode_shard(read_shard(shard, tokenizers.hash), tokenizers)
+                found = encode_shard(shard, tokenizers)
                 write_atomic(path, to_bytes(found, identity))
     except OSError as error:
         log.warning("cannot keep documents in %s (%s): they stay in memory, and every process makes its own", folder,
                     error.strerror or error)
-        return found or encode_shard(read_shard(shard, tokenizers.hash), tokenizers)
+        return found or encode_shard(shard, tokenizers)
     return load() or found
 
 
@@ -198,7 +200,7 @@ class DocumentStore:
         if self.folder:
             documents = _kept(shard, self.tokenizers, self.folder)
         else:
-            documents = encode_shard(read_shard(shard, self.tokenizers.hash), self.tokenizers)
+            documents = encode_shard(shard, self.tokenizers)
         bad.good(len(documents.about) - len(documents.bad))
         for key, reason in documents.bad:
             bad.add(BadSample(key, str(shard), reason))

@@ -93,7 +93,7 @@ def raw(tmp_path_factory):
     """A folder of raw shards, 24 samples."""
     from samples import raw_samples
 
-    from onevocab.data.shards import ShardWriter
+    from onevocab.data.writing import ShardWriter
 
     folder = tmp_path_factory.mktemp("raw")
     with ShardWriter(folder, "s", 5) as writer:

@@ -28,14 +28,13 @@ from onevocab.data.codes import tokenize_in_processes, tokenize_shards
 from onevocab.data.documents import BadSample, document_of, turns_of
 from onevocab.data.loader import PackedLoader
 from onevocab.data.shards import (
-    ShardFile,
-    ShardWriter,
     codes_to_npy,
     list_shards,
     npy_to_codes,
     read_header,
     read_shard,
 )
+from onevocab.data.writing import ShardFile, ShardWriter
 from onevocab.tokenizers.document import Document, Segment, conversation
 
 # ------------------------------------------------------------------------------------------------ shards
@@ -76,7 +75,7 @@ def test_same_samples_same_bytes_and_nothing_after_an_exception(tmp_path):
         for key, members in list(raw_samples())[:3]:
             writer.write(key, members)
         raise RuntimeError
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["s-000000.tar"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [".s-000000.tar.index", "s-000000.tar"]
     with pytest.raises(UserError, match="exists already"):
         ShardWriter(tmp_path / "c", "s", 2)
     with ShardFile(tmp_path / "d.tar") as shard:
@@ -193,7 +192,7 @@ def test_bad_samples_say_why(members, reason):
 
 
 def contents(folder) -> dict:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in list_shards(folder)}
 
 
 def test_codes_are_the_same_documents(raw, tmp_path, tokenizers):

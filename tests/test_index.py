@@ -30,7 +30,8 @@ from onevocab.data import index, remote
 from onevocab.data.documents import BadSample, turns_of
 from onevocab.data.index import IndexedShard, build_index, build_indexes, index_path, read_indexed
 from onevocab.data.remote import ShardCache, list_sources, shown
-from onevocab.data.shards import ShardFile, list_shards, read_shard
+from onevocab.data.shards import list_shards, read_shard
+from onevocab.data.writing import ShardFile
 
 USTAR, GNU, PAX = tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT
 NAMES = ["a.json", "a.0.PNG", "dir.d/a.txt", "b.txt", "a.txt", "é漢.txt", "x" * 150 + "/b.0.json", "noending", "c.tXt",
@@ -235,6 +236,28 @@ def test_a_flipped_byte_is_named(tmp_path):
     assert list(read_indexed(shard)) == list(read_shard(shard))
 
 
+def test_damage_is_noticed_after_a_copy_and_a_new_shard_is_none(tmp_path):
+    def write(words):
+        with ShardFile(tmp_path / "a.tar") as shard:
+            for i, word in enumerate(words):
+                shard.write(f"{i}", {"txt": word})
+
+    write([b"one", b"two", b"six"])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[content.index(b"two")] ^= 1
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "a.tar").write_bytes(content)  # at another time
+    index.index_path(copy / "a.tar").write_bytes(index.index_path(tmp_path / "a.tar").read_bytes())
+    for _ in range(2):  # and it stays so when the index is made anew
+        samples = list(read_indexed(copy / "a.tar"))
+        assert [sample.members.get("txt") for sample in samples] == [b"one", None, b"six"]
+        assert "damaged after it was written" in samples[1].refused["txt"]
+        os.utime(copy / "a.tar", ns=(0, 0))
+    write([b"ten", b"hot", b"red"])  # of the same sizes: nothing is damaged
+    assert [sample.members["txt"] for sample in read_indexed(tmp_path / "a.tar", verify=True)] == [b"ten", b"hot", b"red"]
+
+
 def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "_scan", scan := Mock(wraps=index._scan))
     shard = write_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2")])
@@ -304,7 +327,7 @@ def test_headers_of_codes_are_checked(tmp_path):
 def test_many_shards_and_the_damaged_among_them(tmp_path, workers):
     shards = [write_tar(tmp_path / f"{i}.tar", [("a.txt", b"x" * i)]) for i in range(4)]
     shards[2].write_bytes(shards[2].read_bytes()[:700])
-    assert build_indexes(shards, workers) == {shards[2]: "the last member is not whole"}
+    assert build_indexes(shards, workers) == {shards[2]: "unexpected end of data"}
     for i in (0, 1, 3):
         assert plain(read_indexed(shards[i], verify=True)) == [("a", {"txt": b"x" * i})]
     assert sorted(path.name for path in tmp_path.iterdir()) == [

@@ -30,7 +30,8 @@ from onevocab.data import inspect
 from onevocab.data.codes import tokenize_shards
 from onevocab.data.documents import document_of
 from onevocab.data.inspect import page, survey
-from onevocab.data.shards import ShardWriter, codes_to_npy, list_shards, npy_to_codes, read_shard
+from onevocab.data.shards import codes_to_npy, list_shards, npy_to_codes, read_shard
+from onevocab.data.writing import ShardWriter
 from onevocab.tokenizers.media import encode_audio, load_audio, load_image
 
 VOID = ("meta", "img", "br")

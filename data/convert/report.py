@@ -109,7 +109,7 @@ def claim(out: Path, rank: int, world: int, overwrite: bool) -> None:
     or a conversion of its own.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for path in sorted(out.iterdir()):
+    for path in sorted(out.iterdir(), key=lambda path: (path.name.startswith("."), path.name)):
         match = _SHARD.fullmatch(path.name) or _REPORT.fullmatch(path.name)
         mine = match is not None and int(match[1] or 0) % world == rank
         if mine and overwrite:

@@ -17,7 +17,7 @@ from onevocab.data.convert.options import options_of
 from onevocab.data.convert.report import Report, claim, finish, release
 from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, members_of, printable
 from onevocab.data.documents import modality_of_ending
-from onevocab.data.shards import ShardWriter
+from onevocab.data.writing import ShardWriter
 
 BLOCK = 50  # neighbouring records that stay together when a file is split into parts
 
