@@ -24,7 +24,7 @@ from onevocab.data.config import DataConfig, StageData
 from onevocab.data.curriculum import Curriculum, Lesson
 from onevocab.data.demo import write_demo
 from onevocab.data.loader import PackedLoader
-from onevocab.data.shards import list_shards
+from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
 from onevocab.model.config import ModelConfig
@@ -186,7 +186,11 @@ class Run:
 
     @property
     def raw_shards(self) -> list[str]:
-        return [str(file) for path in self.config.data.shards for file in list_shards(self.folder / path)]
+        return [source for path in self.config.data.shards for source in list_sources(self.placed(path))]
+
+    def placed(self, path: str) -> str:
+        """A path of the configuration, which starts from the run's folder; an address stays."""
+        return path if is_remote(path) else str(self.folder / path)
 
     def write_shards(self) -> None:
         self.on_main(lambda: self.config.data.demo and write_demo(self.folder / "shards", self.config.data.demo))
@@ -255,7 +259,7 @@ class Run:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
-            sources = [source.model_copy(update={"path": str(self.folder / source.path)}) for source in sources]
+            sources = [source.model_copy(update={"path": self.placed(source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "documents")
             if self.main:

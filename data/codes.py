@@ -24,7 +24,8 @@ from onevocab.data.documents import (
     turns_of,
 )
 from onevocab.data.index import read_indexed
-from onevocab.data.shards import Sample, codes_to_npy, list_shards, npy_to_codes, read_header
+from onevocab.data.remote import default_cache, is_remote, list_sources, local_name, shown
+from onevocab.data.shards import Sample, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.writing import ShardFile
 
 
@@ -43,22 +44,24 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
                     max_bad_fraction: float = 0.01, progress: bool = True) -> TokenizeStats:
     """Writes a shard of codes of the same name for every `world`-th shard, from the `rank`-th on.
 
-    shards: paths, or what `list_shards` takes; batch: media encoded at once. Bad samples are left out, logged and
-    counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, or when
-    `out_folder` holds codes of other tokenizers or of another shard of that name.
+    shards: paths and addresses, or what `list_sources` takes; batch: media encoded at once. Bad samples are left out,
+    logged and counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, or
+    when `out_folder` holds codes of other tokenizers or of another shard of that name.
     """
-    shards = list(map(Path, shards)) if isinstance(shards, list | tuple) else list_shards(shards)
-    names = sorted(shard.name for shard in shards)
+    shards = list(map(str, shards)) if isinstance(shards, list | tuple) else list_sources(shards)
+    names = sorted(map(local_name, shards))
     double = next((a for a, b in zip(names, names[1:], strict=False) if a == b), None)
     if double:
         raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
+    cache = default_cache()
     bar = tqdm(desc="tokenize", unit=" samples", disable=not progress or rank != 0)
     for shard in shards[rank::world]:
-        out = Path(out_folder) / shard.name
-        if out.resolve() == shard.resolve():
+        out = Path(out_folder) / local_name(shard)
+        if not is_remote(shard) and out.resolve().parent == Path(shard).resolve().parent:
             raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
-        header = {"tokenizers": tokenizers.hash, "source": _fingerprint(shard)}
+        local = cache.fetch(shard)
+        header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
         if out.exists():
             found = read_header(out)
             if found != header:
@@ -66,7 +69,8 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
                 raise UserError(f"{out} was made from {what}; remove it or choose another folder for the codes")
             stats.skipped += 1
             continue
-        _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar)
+        samples = read_indexed(local, verify=True, salvage=True, name=shown(shard))
+        _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar)
         stats.shards += 1
     bar.close()
     bad.finish()
@@ -80,7 +84,7 @@ def _fingerprint(shard: Path) -> str:
         raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
 
 
-def _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar) -> None:
+def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) -> None:
     pending: list[tuple[Sample, list[str]]] = []
     known: dict[bytes, bytes] = {}  # medium -> codes: pictures and words that come again are encoded once a shard
     waiting: dict[bytes, str] = {}
@@ -102,7 +106,7 @@ def _tokenize_shard(shard, out, header, tokenizers, batch, bad, stats, bar) -> N
             pending.clear()
             waiting.clear()
 
-        for sample in read_indexed(shard, verify=True, salvage=True):
+        for sample in samples:
             try:
                 endings = list(dict.fromkeys(media_endings(turns_of(sample))))
             except BadSample as error:

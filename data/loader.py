@@ -17,7 +17,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
 from onevocab.data.documents import BadSamples
 from onevocab.data.packing import pack
-from onevocab.data.shards import list_shards
+from onevocab.data.remote import list_sources, shown
 from onevocab.data.store import DROPPABLE, LOSS, DocumentStore
 from onevocab.tokenizers.bundle import Tokenizers
 
@@ -131,9 +131,9 @@ class PackedLoader:
 
     def _read(self, source: Source) -> int:
         """Adds a source's documents to the store; returns how many samples it has."""
-        count = sum(self._store.add(shard, self.bad) for shard in list_shards(source.path))
+        count = sum(self._store.add(shard, self.bad) for shard in list_sources(source.path))
         if not count:
-            raise UserError(f"{source.path} holds no samples; make its shards again")
+            raise UserError(f"{shown(source.path)} holds no samples; make its shards again")
         return count
 
     def _count_positions(self) -> None:

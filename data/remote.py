@@ -24,8 +24,8 @@ from webdataset.shardlists import expand_urls
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked
-from onevocab.data.index import IndexedShard, build_index, index_path
-from onevocab.data.shards import list_shards
+from onevocab.data.index import IndexedShard, build_index, index_path, read_indexed
+from onevocab.data.shards import Sample, list_shards
 
 # Protocol -> what to install for it. Others are refused: `pipe:` runs a shell, and some of fsspec's nest in each other.
 PROTOCOLS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "fsspec[s3]", "gs": "fsspec[gs]",
@@ -33,6 +33,7 @@ PROTOCOLS = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "fsspec[s3]"
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # what files of these kinds begin with
 PIECE = 1 << 20  # bytes copied at once
+VARIABLE = "ONEVOCAB_SHARD_CACHE"
 _OURS = re.compile(r"[0-9a-f]{32}-[\w-]*\.tar", re.ASCII)  # nothing else in the folder is ever removed
 log = logging.getLogger("onevocab.data")
 
@@ -80,15 +81,11 @@ class ShardCache:
     Any number of processes may share the folder; one of them copies a shard, the others wait for it. A shard that was
     asked for in the last `keep_seconds` stays, even above the limit: somebody may be about to open it. One that is
     open may go; its reader keeps it until it closes it. What a URL holds is taken not to change; a local compressed
-    shard may. Raises UserError when the folder cannot be made.
+    shard may.
     """
 
     def __init__(self, folder, max_bytes: int = 100 << 30, keep_seconds: float = 60.0):
         self.folder, self.max_bytes, self.keep_seconds = Path(folder), max_bytes, keep_seconds
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {folder} for shards: {error.strerror}; choose another") from None
 
     def open(self, source, **options) -> IndexedShard:
         """A shard of any kind, ready to be read; `Sample.shard` says where it came from. options: IndexedShard's."""
@@ -98,7 +95,7 @@ class ShardCache:
         """The plain tar of a source: a local one as it is, any other as a copy in the folder, with its index.
 
         Raises UserError when the source is missing, cannot be fetched or decompressed to its end, is larger than the
-        folder may be, or needs a package that is not installed.
+        folder may be, needs a package that is not installed, or when the folder cannot be made.
         """
         source = str(source)
         identity = [source]
@@ -115,6 +112,11 @@ class ShardCache:
         digest = hashlib.sha256("\n".join(identity).encode("utf-8", "surrogateescape")).hexdigest()[:32]
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", _stem(shown(source).rpartition("/")[2]))[:64]
         shard = self.folder / f"{digest}-{readable}.tar"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {self.folder} for shards: {error.strerror}; choose another by "
+                            f"{VARIABLE}") from None
         with locked(shard.with_name(f".{shard.name}.lock")):
             try:  # it was asked for now; its other time is the one that its index knows
                 os.utime(shard, ns=(time.time_ns(), shard.stat().st_mtime_ns))
@@ -163,6 +165,23 @@ class ShardCache:
             shard.unlink(missing_ok=True)
             index_path(shard).unlink(missing_ok=True)
             total -= size
+
+
+def default_cache() -> ShardCache:
+    """The folder that the environment variable names, else `onevocab/shards` in the user's cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onevocab" / "shards"
+    return ShardCache(os.environ.get(VARIABLE) or usual)
+
+
+def read_source(source) -> Iterator[Sample]:
+    """The samples of a raw shard of any kind; of a damaged one those before the damage. Raises UserError when it cannot
+    be read."""
+    yield from read_indexed(default_cache().fetch(source), verify=True, salvage=True, name=shown(source))
+
+
+def local_name(source) -> str:
+    """`s3://bucket/a/x.tar.gz` -> `x.tar`."""
+    return _stem(shown(source).rpartition("/")[2]) + ".tar"
 
 
 def _stem(name: str) -> str:

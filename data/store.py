@@ -21,6 +21,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import locked, write_atomic
 from onevocab.data.documents import BadSample, BadSamples, document_of
 from onevocab.data.index import read_indexed
+from onevocab.data.remote import default_cache, is_remote, local_name, shown
 from onevocab.data.shards import Sample, read_header
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, encode_document
@@ -100,7 +101,9 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
 def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
     """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
     cannot be read, and for damaged codes: they can be made again."""
-    samples = read_indexed(shard, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(shard) is None)
+    path = default_cache().fetch(shard)
+    samples = read_indexed(path, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(path) is None,
+                           name=shown(shard))
     encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
     tokens, flags, about, bad = [np.empty(0, np.int32)], [np.empty(0, np.uint8)], [], []
     for sample in samples:
@@ -146,13 +149,16 @@ class _Kept:
 
 def kept_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
     """Where a shard's documents are kept, and which documents these are. Raises UserError when there is no shard."""
-    try:
-        stat = os.stat(shard)
-    except OSError as error:
-        raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
-    identity = json.dumps([VERSION, tokenizers.hash, os.path.abspath(shard), stat.st_size, stat.st_mtime_ns])
+    identity = [VERSION, tokenizers.hash, str(shard)]
+    if not is_remote(shard):  # what an address holds is taken not to change
+        try:
+            stat = os.stat(shard)
+        except OSError as error:
+            raise UserError(f"cannot read shard {shard}: {error.strerror}") from None
+        identity[2:] = [os.path.abspath(shard), stat.st_size, stat.st_mtime_ns]
+    identity = json.dumps(identity)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:24]
-    return folder / f"{Path(shard).stem}-{digest}.safetensors", identity
+    return folder / f"{Path(local_name(shard)).stem}-{digest}.safetensors", identity
 
 
 def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocuments":
@@ -203,7 +209,7 @@ class DocumentStore:
             documents = encode_shard(shard, self.tokenizers)
         bad.good(len(documents.about) - len(documents.bad))
         for key, reason in documents.bad:
-            bad.add(BadSample(key, str(shard), reason))
+            bad.add(BadSample(key, shown(shard), reason))
         self._shards.append(documents)
         return len(documents.about)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError, cli
 from onevocab.data.codes import tokenize_in_processes, tokenize_shards
-from onevocab.data.shards import list_shards
+from onevocab.data.remote import list_sources
 from onevocab.tokenizers.bundle import Tokenizers
 
 
@@ -18,7 +18,7 @@ from onevocab.tokenizers.bundle import Tokenizers
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m onevocab.data.tokenize", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path, help="run folder whose tokenizers are used")
-    parser.add_argument("shards", help="a .tar file, a folder of them, or a glob")
+    parser.add_argument("shards", help="a shard, a folder of them, a glob, or an address (https://, s3://, ...)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards of codes")
     parser.add_argument("--batch", type=int, default=64, help="media encoded at once")
     parser.add_argument("--device", default="cpu", help="where the tokenizers run (cpu, cuda)")
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         raise UserError(f"no run folder at {args.run}: train one with `torchrun train.py configs/demo.toml`")
-    shards = list_shards(args.shards)
+    shards = list_sources(args.shards)
     options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 and args.processes > 1 and args.device == "cpu":

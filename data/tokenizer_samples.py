@@ -7,7 +7,8 @@ import torch
 
 from onevocab.common.errors import UserError
 from onevocab.data.documents import BadSample, modality_of_ending, turns_of
-from onevocab.data.shards import Sample, read_shard
+from onevocab.data.remote import read_source
+from onevocab.data.shards import Sample
 from onevocab.tokenizers.audio import HOP, RATE, AudioTokenizer
 from onevocab.tokenizers.image import ImageTokenizer
 
@@ -15,7 +16,7 @@ from onevocab.tokenizers.image import ImageTokenizer
 def _samples(shards: list[str], limit: int) -> Iterator[Sample]:
     """About `limit` samples, as many from the start of each shard: their order inside one says nothing."""
     for shard in shards:
-        for count, sample in enumerate(read_shard(shard)):
+        for count, sample in enumerate(read_source(shard)):
             if count >= -(-limit // len(shards)):
                 break
             yield sample
