@@ -5,6 +5,7 @@ but the output folder, and a run that was killed goes on with the shards that ar
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +55,11 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
     if double:
         raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
-    cache = default_cache()
-    bar = tqdm(desc="tokenize", unit=" samples", disable=not progress or rank != 0)
-    for shard in shards[rank::world]:
+    cache, mine = default_cache(), shards[rank::world]
+    sizes = [_size(shard) for shard in mine]
+    bar = tqdm(desc="tokenize", unit="B", unit_scale=True, total=None if None in sizes else sum(sizes),
+               disable=not progress or rank != 0)
+    for shard, size in zip(mine, sizes, strict=True):
         out = Path(out_folder) / local_name(shard)
         if not is_remote(shard) and out.resolve().parent == Path(shard).resolve().parent:
             raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
@@ -68,13 +71,20 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
                 what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
                 raise UserError(f"{out} was made from {what}; remove it or choose another folder for the codes")
             stats.skipped += 1
+            bar.update(size or 0)
             continue
         samples = read_indexed(local, verify=True, salvage=True, name=shown(shard))
         _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar)
+        bar.set_postfix(samples=stats.samples, bad=stats.bad)
         stats.shards += 1
     bar.close()
     bad.finish()
     return stats
+
+
+def _size(shard: str) -> int | None:
+    """Bytes of a local shard, None where they are not known yet."""
+    return None if is_remote(shard) or not os.path.exists(shard) else os.path.getsize(shard)
 
 
 def _fingerprint(shard: Path) -> str:
@@ -102,7 +112,7 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
                     bad.good()
                     stats.samples += 1
             stats.media += len(waiting)
-            bar.update(len(pending))
+            bar.update(sum(len(content) + 512 for sample, _ in pending for content in sample.members.values()))
             pending.clear()
             waiting.clear()
 

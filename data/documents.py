@@ -109,7 +109,11 @@ def turns_of(sample: Sample) -> tuple[Turn, ...]:
         return (Turn(None, tuple(parts)),)
     except RecursionError:
         raise BadSample(sample.key, sample.shard, "json nested too deeply") from None
-    except ValueError as error:  # also bad JSON and bad UTF-8
+    except json.JSONDecodeError as error:
+        raise BadSample(sample.key, sample.shard, f"its json is not valid JSON ({error})") from None
+    except UnicodeError as error:
+        raise BadSample(sample.key, sample.shard, f"its text is not UTF-8 ({error})") from None
+    except ValueError as error:
         raise BadSample(sample.key, sample.shard, str(error)) from None
 
 

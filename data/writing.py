@@ -1,9 +1,13 @@
 """Writes shards: whole or absent, the same bytes for the same samples, each with an index of what was written."""
 
+import fcntl
 import glob
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import webdataset
 
@@ -16,18 +20,32 @@ class ShardFile:
     """One shard, written aside with webdataset's own writer and renamed when it is complete.
 
     The same samples give the same bytes: no times, one owner, members of a sample in alphabetical order. Used as a
-    context manager; after an exception nothing is left under `path`.
+    context manager; after an exception nothing is left under `path`, and what a killed process left aside is written
+    over. Raises UserError when another process is writing this shard, and when the system refuses to write (a full
+    disk).
     """
 
     def __init__(self, path, header: dict | None = None):
         self.path, self.samples, self._before = Path(path), 0, None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self._file = open(self._aside, "wb")
+        self._aside = self.path.with_name(f".{self.path.name}.part")
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _claimed(self._aside)
+        if self._file is None:
+            raise UserError(f"another process is writing {self.path}: wait for it, or choose another folder")
         self._tar = webdataset.TarWriter(self._file, user="onevocab", group="onevocab", encoder=False, mtime=0)
         if header is not None:
-            content = json.dumps(header, sort_keys=True).encode()
-            self._tar.write({"__key__": HEADER_KEY, "json": content})
+            with self._writing():
+                content = json.dumps(header, sort_keys=True).encode()
+                self._tar.write({"__key__": HEADER_KEY, "json": content})
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room, or choose another folder "
+                            "(finished shards are kept)") from None
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Adds a sample. Raises ValueError on a key or an ending that would not be read back."""
@@ -36,24 +54,31 @@ class ShardFile:
         for ending in members:
             if ending != ending.lower() or ending.rpartition(".")[2] not in ENDINGS or "/" in ending:
                 raise ValueError(f"sample {key}: a member may not end in {ending!r}; use {sorted(ENDINGS)}")
-        self._tar.write({"__key__": key, **members})
+        with self._writing():
+            self._tar.write({"__key__": key, **members})
         self._before = key
         self.samples += 1
 
     def close(self) -> None:
         """Completes the shard: end marker, fsync, rename; then the index, by which later damage is noticed."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        index_path(self.path).unlink(missing_ok=True)  # of a shard that this one replaces
-        os.replace(self._aside, self.path)
+        try:
+            with self._writing():
+                self._tar.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                index_path(self.path).unlink(missing_ok=True)  # of a shard that this one replaces
+                os.replace(self._aside, self.path)
+                self._file.close()
+        except BaseException:
+            self.discard()
+            raise
         build_index(self.path, must_save=False)
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        self._tar.close()
-        self._file.close()
+        for close in (self._tar.close, self._file.close):
+            with suppress(OSError, ValueError):  # the disk is full, or it is closed already
+                close()
         self._aside.unlink(missing_ok=True)
 
     def __enter__(self):
@@ -61,6 +86,23 @@ class ShardFile:
 
     def __exit__(self, kind, *_):
         self.discard() if kind else self.close()
+
+
+def _claimed(path: Path) -> BinaryIO | None:
+    """The empty file `path`, open for writing and locked, or None while another process has it. The lock goes with its
+    process, however that ends."""
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate(0)
+                return file
+        file.close()  # whoever had it has just renamed it
 
 
 class ShardWriter:

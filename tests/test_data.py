@@ -1,9 +1,12 @@
 """Shards, documents and codes: the webdataset reader as the oracle, and what strangers may send."""
 
+import errno
 import io
 import json
 import logging
+import os
 import tarfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -262,3 +265,24 @@ def test_processes_give_the_same_bytes(raw, tmp_path, tokenizers):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     with pytest.raises(UserError, match="no finished tokenizers"):
         tokenize_in_processes(list_shards(raw), tmp_path / "c", tmp_path / "none", 2, progress=False)
+
+
+def test_two_writers_and_a_full_disk(tmp_path, monkeypatch):
+    first = ShardFile(tmp_path / "a.tar")
+    with pytest.raises(UserError, match="another process is writing .*a.tar"):
+        ShardFile(tmp_path / "a.tar")
+    first.write("0", {"txt": b"one"})
+    first.close()
+    with pytest.raises(UserError, match="cannot write .*b.tar: No space left"), ShardFile(tmp_path / "b.tar") as shard:
+        monkeypatch.setattr(shard._tar, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        shard.write("0", {"txt": b"one"})
+    shard = ShardFile(tmp_path / "c.tar")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match="cannot write .*c.tar: No space left"):
+        shard.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.tar.index", "a.tar"]
+    monkeypatch.undo()
+    (tmp_path / ".d.tar.part").write_bytes(b"left by a killed process")
+    with ShardFile(tmp_path / "d.tar") as shard:
+        shard.write("0", {"txt": b"one"})
+    assert (tmp_path / "d.tar").read_bytes() == (tmp_path / "a.tar").read_bytes()
