@@ -261,7 +261,8 @@ class Run:
         def read(sources) -> PackedLoader:
             sources = [source.model_copy(update={"path": self.placed(source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
-                                  self.config.seed, self.folder / "documents")
+                                  self.config.seed, self.folder / "documents",
+                                  max(1, self.config.data.workers // distributed.world()))
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
             return loader

@@ -5,6 +5,7 @@ positions are packed into rows, the rows of a window are permuted, and steps tak
 slices of a step, so every world size sees the same global sequence, and the loader's state is three small numbers.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,14 @@ class PackedLoader:
 
     sources: one or several of `Source`, or paths; each a folder, glob or shard of codes, or of raw media, which are
     encoded here (slowly). keep: a folder for encoded documents, which are then read from there (see data/store.py);
-    without it they are encoded at every start and stay in memory. Raises UserError when there are no usable samples,
-    too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
+    without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet.
+    Plain texts longer than a row are cut into several documents, other documents never. Raises UserError when there
+    are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
     """
 
     def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
-                 world: int = 1, seed: int = 0, keep: Path | None = None):
+                 world: int = 1, seed: int = 0, keep: Path | None = None,
+                 workers: int = 1):
         self.config = config = config or LoaderConfig()
         self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
         if config.rows_per_step % world:
@@ -112,10 +115,14 @@ class PackedLoader:
         sources = [sources] if isinstance(sources, str | Path | Source) else list(sources)
         self.sources = [s if isinstance(s, Source) else Source(path=str(s)) for s in sources]
         self.bad = BadSamples(config.max_bad_fraction)
+        shards = [list_sources(source.path) for source in self.sources]
         self._store = DocumentStore(tokenizers, keep)
-        self._counts = [self._read(source) for source in self.sources]
+        self._store.prepare(list(itertools.chain(*shards)), workers, rank)
+        for shard in itertools.chain(*shards):
+            self._store.add(shard, self.bad)
         self.bad.finish()
-        self._store.freeze()
+        per_shard = self._store.freeze(config.row_length)
+        self._counts = [int(part.sum()) for part in np.split(per_shard, np.cumsum([len(s) for s in shards])[:-1])]
         self._count_positions()
         names = self.vocab.modalities
         self._modality_of = self.vocab.modality_of(np.arange(self.vocab.size))
@@ -127,17 +134,11 @@ class PackedLoader:
         self._plan: tuple | None = None
         self._cached: tuple | None = None
 
-    # ------------------------------------------------------------------------------------------------ reading
-
-    def _read(self, source: Source) -> int:
-        """Adds a source's documents to the store; returns how many samples it has."""
-        count = sum(self._store.add(shard, self.bad) for shard in list_sources(source.path))
-        if not count:
-            raise UserError(f"{shown(source.path)} holds no samples; make its shards again")
-        return count
-
     def _count_positions(self) -> None:
         """How many times an epoch shows each source's samples: `_slots`, per source its number of positions."""
+        empty = [shown(source.path) for source, n in zip(self.sources, self._counts, strict=True) if not n]
+        if empty:
+            raise UserError(f"{empty[0]} holds no samples; make its shards again")
         weights = [source.weight for source in self.sources]
         if any(weights) and not all(weights):
             raise UserError("either all sources have a weight or none has")
@@ -152,7 +153,7 @@ class PackedLoader:
 
     def summary(self) -> dict:
         """Counts for a log: samples, bad, documents too long for a row (dropped), tokens per modality."""
-        return {"samples": len(self._store.length), "bad": self.bad.bad, "too_long": self.too_long,
+        return {"samples": self._store.samples, "bad": self.bad.bad, "too_long": self.too_long,
                 "pairs": int((self._store.split > 0).sum()), "epoch_length": self.epoch_length,
                 "tokens": dict(zip(self.vocab.modalities, self._store.modality_counts.tolist(), strict=True))}
 

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked, write_atomic
+from onevocab.common.processes import run_processes
 from onevocab.data.documents import BadSample, BadSamples, document_of
 from onevocab.data.index import read_indexed
 from onevocab.data.remote import default_cache, is_remote, local_name, shown
@@ -28,7 +29,7 @@ from onevocab.tokenizers.document import Document, Segment, encode_document
 from onevocab.tokenizers.vocab import Vocabulary
 
 LOSS, DROPPABLE = 1, 2  # flags of a stored token
-LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP = range(5)  # columns of `about`
+COLUMNS = LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY = range(6)  # of `about`
 VERSION = "1"  # of what a stored document is; another makes kept files be made again
 log = logging.getLogger("onevocab.data")
 
@@ -38,10 +39,11 @@ class ShardDocuments:
     """One shard's n documents of t tokens in all.
 
     tokens: int32 (t,); flags: uint8 (t,), LOSS where predicting the token counts, DROPPABLE where guidance may take it
-    away; about: int32 (n, 5) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
+    away; about: int32 (n, 6) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
     0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens a
-    dropped caption takes away. A bad sample is a document of length 0. bad: [key, reason] of these, in order;
-    modality_counts: tokens of each of the vocabulary's modalities; crc: of tokens and about.
+    dropped caption takes away; TEXT_ONLY, whether it is a plain text. A bad sample is a document of length 0. bad:
+    [key, reason] of these, in order; modality_counts: tokens of each of the vocabulary's modalities; crc: of tokens
+    and about.
     """
 
     tokens: np.ndarray
@@ -95,7 +97,9 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
         flags |= droppable(encoded.ids, tokenizers.vocab, pair) * np.uint8(DROPPABLE)
     split = int(np.argmax(encoded.loss)) if pair else 0
     drop = int(np.count_nonzero(flags & DROPPABLE))
-    return encoded.ids, flags, (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop)
+    text_only = not document.is_conversation and parts == ["text"]
+    about = (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop, text_only)
+    return encoded.ids, flags, about
 
 
 def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
@@ -111,13 +115,14 @@ def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
             one = encode_sample(sample, tokenizers, encode_text)
         except BadSample as error:
             bad.append([error.key, error.reason])
-            one = np.empty(0, np.int32), np.empty(0, np.uint8), (0,) * 5
+            one = np.empty(0, np.int32), np.empty(0, np.uint8), (0,) * len(COLUMNS)
         tokens.append(one[0])
         flags.append(one[1])
         about.append(one[2])
     joined, vocab = np.concatenate(tokens), tokenizers.vocab
+    table = np.array(about, np.int32).reshape(-1, len(COLUMNS))
     counts = np.bincount(vocab.modality_of(joined), minlength=len(vocab.modalities)).tolist()
-    return ShardDocuments(joined, np.concatenate(flags), np.array(about, np.int32).reshape(-1, 5), bad, counts)
+    return ShardDocuments(joined, np.concatenate(flags), table, bad, counts)
 
 
 # ------------------------------------------------------------------------------------------------ kept files
@@ -189,6 +194,12 @@ def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocument
     return load() or found
 
 
+def _keep(shards: list[str], tokenizers_folder: str, folder: Path) -> None:
+    tokenizers = Tokenizers.load(tokenizers_folder)
+    for shard in shards:
+        _kept(shard, tokenizers, folder)
+
+
 class DocumentStore:
     """The documents of many shards as one sequence of n. After `freeze`, each (n,): length, drop, split (int64) and
     text_second, has_text (bool), as in ShardDocuments.
@@ -199,6 +210,21 @@ class DocumentStore:
     def __init__(self, tokenizers: Tokenizers, folder: Path | None = None):
         self.tokenizers, self.folder = tokenizers, folder and Path(folder)
         self._shards: list[_Kept | ShardDocuments] = []
+
+    def prepare(self, shards: list[str], workers: int, rank: int = 0) -> None:
+        """Encodes what is not kept yet by `workers` processes; ranks that do so at the same time share the work."""
+        if not self.folder:
+            return
+        missing = [shard for shard in shards if not kept_path(shard, self.tokenizers, self.folder)[0].exists()]
+        shift = rank * 7919 % max(len(missing), 1)  # so that ranks begin at different shards
+        missing = missing[shift:] + missing[:shift]
+        if workers > 1 and len(missing) > 1:
+            arguments = [(missing[i::workers], str(self.tokenizers.folder), self.folder)
+                         for i in range(min(workers, len(missing)))]
+            run_processes(_keep, arguments, "a process that encoded documents died; start again: what is done is kept")
+        else:
+            for shard in missing:
+                _kept(shard, self.tokenizers, self.folder)
 
     def add(self, shard, bad: BadSamples) -> int:
         """Adds a shard's documents; returns how many samples it has. Raises UserError when it cannot be read, holds
@@ -213,17 +239,29 @@ class DocumentStore:
         self._shards.append(documents)
         return len(documents.about)
 
-    def freeze(self) -> None:
-        """To be called after the last shard."""
-        about = np.concatenate([documents.about for documents in self._shards])
-        self.length, self.split, self.drop = (about[:, column].astype(np.int64) for column in (LENGTH, SPLIT, DROP))
-        self.text_second, self.has_text = about[:, TEXT_SECOND].astype(bool), about[:, HAS_TEXT].astype(bool)
+    def freeze(self, longest: int | None = None) -> np.ndarray:
+        """To be called after the last shard. Plain texts of more than `longest` tokens become several documents of
+        equal lengths, one after the other. Returns how many documents each shard has, (shards,)."""
         counts = [len(documents.about) for documents in self._shards]
-        self._first = np.concatenate([[0], np.cumsum(counts)])
         ends = [np.cumsum(documents.about[:, LENGTH], dtype=np.int64) for documents in self._shards]
-        self._start = np.concatenate(ends) - self.length  # of a document, within its shard
+        about = np.concatenate([documents.about for documents in self._shards])
+        length = about[:, LENGTH].astype(np.int64)
+        pieces = np.ones(len(about), np.int64)
+        if longest:
+            pieces += about[:, TEXT_ONLY] * (np.maximum(length - 1, 0) // longest)
+        whole = np.repeat(np.arange(len(about)), pieces)  # of a piece: its document
+        piece = np.arange(len(whole)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        low, high = (n * length[whole] // pieces[whole] for n in (piece, piece + 1))
+        self.length = high - low
+        self._start = (np.concatenate(ends) - length)[whole] + low  # of a document, within its shard
+        self.split, self.drop = (about[whole, column].astype(np.int64) for column in (SPLIT, DROP))
+        self.text_second, self.has_text = (about[whole, column].astype(bool) for column in (TEXT_SECOND, HAS_TEXT))
+        found = np.bincount(np.repeat(np.arange(len(counts)), counts)[whole], minlength=len(counts))
+        self._first = np.concatenate([[0], np.cumsum(found)])
+        self.samples = len(about)
         self.crcs = [documents.crc for documents in self._shards]
         self.modality_counts = np.sum([documents.modality_counts for documents in self._shards], 0)
+        return found
 
     def __len__(self) -> int:
         return len(self.length)

@@ -213,7 +213,7 @@ def test_bad_samples_leave_their_position_empty(tmp_path, tokenizers):
     samples[3] = {"json": as_json({"content": [image("9.image.npy")]})}
     samples[7] = {"json": as_json({"content": [text("")]})}
     samples[11] = {**samples[0], "0.image.npy": codes_to_npy(np.full((4, 4), 99), 100)}
-    samples[12] = {"txt": b"word " * 500}
+    samples[12] = {"json": as_json({"messages": [say("user", text("word " * 500)), say("assistant", text("a"))]})}
     write_codes(tmp_path, tokenizers, samples)
     with pytest.raises(UserError, match="3 of 20 samples are bad"):
         PackedLoader(tmp_path, tokenizers, CONFIG)

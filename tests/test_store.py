@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from samples import mixed_codes, write_codes
+from samples import as_json, mixed_codes, say, text, write_codes
 from tiny import tiny_tokenizers
 
 from onevocab.data import store as stores
@@ -116,7 +116,7 @@ def keep_synthetic(shard, tokenizers, folder, n: int, length: int) -> None:
     vocab = tokenizers.vocab
     one = np.arange(length, dtype=np.int32) % vocab.text_size
     tokens = np.tile(one, n)
-    about = np.zeros((n, 5), np.int32)
+    about = np.zeros((n, len(stores.COLUMNS)), np.int32)
     about[:, stores.LENGTH] = length
     counts = [0] * len(vocab.modalities)
     counts[0] = len(tokens)
@@ -154,3 +154,33 @@ def test_a_document_of_any_shard_is_found(tmp_path, tokenizers):
     assert store.length.tolist() == [4, 4, 4, 7, 2, 2, 2, 2, 2]
     assert [store[d][0].tolist() for d in (0, 2, 3, 8)] == [[0, 1, 2, 3], [0, 1, 2, 3], list(range(7)), [0, 1]]
     assert all(len(store[d][1]) == store.length[d] for d in range(9))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_gives_the_same(codes, tokenizers, tmp_path, workers):
+    plain = PackedLoader(codes, tokenizers, CONFIG)
+    loader = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept", workers=workers)
+    assert loader.fingerprint == plain.fingerprint
+    assert all(torch.equal(one, two) for one, two in zip(batches(plain, 3), batches(loader, 3), strict=True))
+
+
+def test_long_texts_become_several_documents_and_nothing_else_is_cut(tmp_path, tokenizers):
+    words = " ".join(f"{i * 7919 % 1000}" for i in range(300))
+    samples = [{"txt": words.encode()}, *mixed_codes(10), {"txt": b"short"}]
+    samples.append({"json": as_json({"messages": [say("user", text(words)), say("assistant", text("yes"))]})})
+    codes = write_codes(tmp_path / "codes", tokenizers, samples)
+    whole = PackedLoader(codes, tokenizers, LoaderConfig(row_length=4096, rows_per_step=1))
+    loader = PackedLoader(codes, tokenizers, CONFIG)
+    n = int(whole._store.length[0])
+    pieces = -(-n // CONFIG.row_length)
+    assert pieces > 5 and len(loader._store) == len(whole._store) + pieces - 1 == 13 + pieces - 1
+    found = [loader._store[d] for d in range(pieces)]
+    assert max(len(ids) for ids, _ in found) - min(len(ids) for ids, _ in found) <= 1
+    for part, joined in zip(zip(*found, strict=True), whole._store[0], strict=True):
+        assert np.array_equal(np.concatenate(part), joined)
+    for d in range(1, 13):
+        assert all(map(np.array_equal, loader._store[d + pieces - 1], whole._store[d]))
+    assert loader.too_long == 1  # the conversation
+    assert loader.summary()["samples"] == whole.summary()["samples"] == 13
+    shown = sorted(entry[0] for window in range(loader.windows) for row in loader.rows(0, window) for entry in row)
+    assert shown == list(range(len(loader._store) - 1))

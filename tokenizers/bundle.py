@@ -50,6 +50,7 @@ class Tokenizers:
         self.text, self.media = text, media
         self.vocab = Vocabulary.build(text.size, [tokenizer.layout for tokenizer in media.values()])
         self._hash: str | None = None
+        self.folder: Path | None = None  # where they are saved
 
     def save(self, folder) -> None:
         """Writes vocabulary.json, text.json, and each media tokenizer's files."""
@@ -58,7 +59,7 @@ class Tokenizers:
         for tokenizer in self.media.values():
             save_media_tokenizer(folder, tokenizer)
         write_json(folder / "vocabulary.json", self.vocab.to_json())
-        self._hash = self._hash_folder(folder, self.media)
+        self._hash, self.folder = self._hash_folder(folder, self.media), folder
 
     @staticmethod
     def load(folder, device="cpu") -> "Tokenizers":
@@ -75,7 +76,7 @@ class Tokenizers:
         bundle = Tokenizers(text, {name: load_media_tokenizer(folder, name, device) for name in vocab.spans})
         if bundle.vocab != vocab:
             raise UserError(f"{folder}: the tokenizers do not fit vocabulary.json; restore the folder as it was")
-        bundle._hash = Tokenizers._hash_folder(folder, bundle.media)
+        bundle._hash, bundle.folder = Tokenizers._hash_folder(folder, bundle.media), folder
         return bundle
 
     @staticmethod
