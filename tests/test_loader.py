@@ -222,7 +222,7 @@ def test_bad_samples_leave_their_position_empty(tmp_path, tokenizers):
     shown = {entry[0] for w in range(loader.windows) for row in loader.rows(0, w) for entry in row}
     assert shown == set(range(20)) - {3, 7, 11, 12}
     with pytest.raises(UserError, match="no document fits a row of 8"):
-        PackedLoader(tmp_path, tokenizers, LoaderConfig(row_length=8, max_bad_fraction=0.2))
+        PackedLoader(write_codes(tmp_path / "media", tokenizers, samples[:3]), tokenizers, LoaderConfig(row_length=8))
 
 
 def test_raw_shards_give_the_same_batches_as_their_codes(raw, tmp_path, tokenizers):
