@@ -93,7 +93,7 @@ def turns_of(sample: Sample) -> tuple[Turn, ...]:
     """
     if sample.refused:
         ending, reason = next(iter(sample.refused.items()))
-        raise BadSample(sample.key, sample.shard, f"member {ending} refused: {reason}")
+        raise BadSample(sample.key, sample.shard, f"member {ending} refused: {reason}" if ending else reason)
     try:
         data = json.loads(sample.members["json"].decode("utf-8")) if "json" in sample.members else None
         if isinstance(data, dict) and "messages" in data:

@@ -20,7 +20,9 @@ from PIL import Image
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_atomic
 from onevocab.data.documents import UNDECODABLE, BadSample, document_of, media_endings, modality_of_ending, turns_of
-from onevocab.data.shards import Sample, check_header, list_shards, npy_to_codes, read_header, read_shard
+from onevocab.data.index import read_indexed
+from onevocab.data.remote import default_cache, list_sources, shown
+from onevocab.data.shards import Sample, check_header, npy_to_codes, read_header
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
 
@@ -57,25 +59,27 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
     found = Survey()
     shards = shards[:: max(1, len(shards) // (samples or len(shards)))][: samples or None]
     each, show_each = -(-samples // len(shards)) or None, -(-show // len(shards))
-    for path in shards:
-        read, whose = 0, "raw"
+    for source in shards:
+        read, whose, name = 0, "raw", shown(source)
         try:
+            path = default_cache().fetch(source)
             if header := read_header(path):
                 whose = f"codes of tokenizers {header['tokenizers']}"
         except UserError as error:
-            found.bad.append(BadSample("", str(path), str(error)))
+            found.bad.append(BadSample("", name, str(error)))
             continue
         if header and tokenizers:
             check_header(path, header, tokenizers.hash)
         try:
-            for read, sample in enumerate(islice(read_shard(path), each), 1):
+            samples_of = read_indexed(path, verify=True, salvage=True, name=name)
+            for read, sample in enumerate(islice(samples_of, each), 1):
                 try:
                     _look(found, sample, tokenizers, read <= show_each and len(found.shown) < show)
                 except BadSample as error:
                     found.bad.append(error)
         except UserError as error:
-            found.bad.append(BadSample(f"after {read} samples", str(path), str(error)))
-        found.shards.append((str(path), read, Path(path).stat().st_size, whose))
+            found.bad.append(BadSample(f"after {read} samples", name, str(error)))
+        found.shards.append((name, read, path.stat().st_size, whose))
     return found
 
 
@@ -277,7 +281,7 @@ def page(found: Survey, tokenizers: Tokenizers | None = None) -> str:
 @cli
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m onevocab.data.inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("shards", nargs="+", help="a .tar file, a folder of them, or a glob")
+    parser.add_argument("shards", nargs="+", help="a shard, a folder of them, a glob, or an address")
     parser.add_argument("--run", type=Path, help="run folder whose tokenizers count tokens and decode codes")
     parser.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default: inspect.html)")
     parser.add_argument("--overwrite", action="store_true", help="write over an older page")
@@ -288,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--samples and --show are numbers from 0 on")
     if args.out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists already: choose another --out, or --overwrite")
-    shards = [shard for path in args.shards for shard in list_shards(path)]
+    shards = [shard for path in args.shards for shard in list_sources(path)]
     tokenizers = Tokenizers.load(args.run / "tokenizers") if args.run else None
     found = survey(shards, tokenizers, args.samples, args.show)
     write_atomic(args.out, page(found, tokenizers))
