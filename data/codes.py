@@ -78,7 +78,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         bar.set_postfix(samples=stats.samples, bad=stats.bad)
         stats.shards += 1
     bar.close()
-    bad.finish()
+    bad.finish(partial=world > 1)
     return stats
 
 

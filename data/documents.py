@@ -49,9 +49,10 @@ class BadSamples:
             log.warning("left out: %s", bad)
         self._check(max(self.seen, 1000))
 
-    def finish(self) -> None:
-        """To be called after the last sample. Raises UserError when too many were bad."""
-        self._check(self.seen)
+    def finish(self, partial: bool = False) -> None:
+        """To be called after the last sample. Raises UserError when too many were bad; partial: of a part of the
+        samples, whose rate says little about that of all while they are few."""
+        self._check(max(self.seen, 1000) if partial else self.seen)
         if self.bad:
             log.warning("left out %d bad of %d samples", self.bad, self.seen)
 

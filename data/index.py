@@ -271,8 +271,8 @@ class IndexedShard:
             if index.damage and not (salvage and len(self)):
                 raise UserError(f"{self.name} is damaged or cut short ({index.damage}); fetch or make this shard again")
             if index.damage:
-                log.warning("%s is damaged or cut short (%s): %d samples before that are read; fetch or make this shard "
-                            "again for the rest", self.name, index.damage, len(self) - 1)
+                log.warning("%s is damaged or cut short (%s): %d samples before that are read; fetch or make it again "
+                            "for the rest", self.name, index.damage, len(self) - 1)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._keys = index.keys.tobytes()
         for offset, size in index.header.reshape(-1, 2).tolist():

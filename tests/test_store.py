@@ -1,10 +1,13 @@
 """Kept documents: the same batches as from the shards, read once, made again when they do not fit."""
 
+import gc
+import itertools
 import logging
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,3 +187,31 @@ def test_long_texts_become_several_documents_and_nothing_else_is_cut(tmp_path, t
     assert loader.summary()["samples"] == whole.summary()["samples"] == 13
     shown = sorted(entry[0] for window in range(loader.windows) for row in loader.rows(0, window) for entry in row)
     assert shown == list(range(len(loader._store) - 1))
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_memory_stays_flat_over_ten_million_samples(tmp_path, tokenizers):
+    shards, keep = tmp_path / "shards", tmp_path / "kept"
+    for i in range(10):
+        keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, 1_000_000, 4)
+    loader = PackedLoader(shards, tokenizers, LoaderConfig(row_length=512, rows_per_step=32), keep=keep)
+    read, sizes = 0, []
+    for step in itertools.count():
+        if step % 16 == 0:  # whole batches take long; what is ordered and packed is everything
+            read += int((loader.next_batch().positions == 0).sum())
+        else:
+            read += sum(map(len, loader._next_rows()))
+        if step == 50 or step % 500 == 499:
+            gc.collect()
+            sizes.append(anonymous_memory())
+        if loader.state_dict()["epoch"] == 1:
+            break
+    assert read >= 10_000_000 and len(sizes) > 4
+    assert max(sizes) <= 1.02 * sizes[0]
