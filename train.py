@@ -14,7 +14,7 @@ import numpy as np
 import tomli_w
 import torch
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
@@ -42,6 +42,13 @@ from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
 
 class LanguageStage(TrainConfig, StageData):
     """[pretrain] and [instruct]: the same loop with other data."""
+
+    @model_validator(mode="after")
+    def _within(self):
+        late = [lesson.start for lesson in self.lessons if lesson.start + lesson.steps > self.steps]
+        if late:
+            raise ValueError(f"the lesson from step {late[0]} on ends after the stage's {self.steps} steps")
+        return self
 
 
 class RunConfig(BaseModel):

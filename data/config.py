@@ -1,6 +1,6 @@
 """[data]: where the samples come from."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from onevocab.data.demo import DemoConfig
 from onevocab.data.loader import LoaderConfig, Source
@@ -35,3 +35,11 @@ class StageData(BaseModel):
     sources: tuple[Source, ...]
     loader: LoaderConfig = LoaderConfig()
     lessons: tuple[LessonConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _apart(self):
+        lessons = sorted(self.lessons, key=lambda lesson: lesson.start)
+        for one, two in zip(lessons, lessons[1:], strict=False):
+            if one.start + one.steps > two.start:
+                raise ValueError(f"lessons overlap: {one.steps} steps from {one.start} on, and one from {two.start} on")
+        return self

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from samples import mixed_codes, write_codes
 
 from onevocab.common.errors import UserError
@@ -49,10 +50,21 @@ def test_a_resumed_curriculum_goes_on_where_it_was(loaders, start):
     assert equal(batches(resumed, 8), batches(whole, 8))
 
 
-def test_overlapping_lessons_and_other_lessons_than_the_checkpoints_are_refused(loaders):
+@pytest.mark.parametrize("lessons,reason", [([(4, 1), (2, 3)], "overlap: 3 steps from 2 on, and one from 4 on"),
+                                            ([(2, 3), (18, 3)], "from step 18 on ends after the stage's 20 steps")])
+def test_lessons_that_do_not_fit_are_refused_in_the_configuration(lessons, reason, tmp_path):
+    from train import read_config
+
+    config = tmp_path / "run.toml"
+    config.write_text((ROOT / "configs" / "smoke.toml").read_text() + "".join(
+        f"[[instruct.lessons]]\nstart = {start}\nsteps = {steps}\nsources = [{{ path = 'x' }}]\n"
+        for start, steps in lessons))
+    with pytest.raises(UserError, match=f"instruct: .*{reason}"):
+        read_config(config, [])
+
+
+def test_other_lessons_than_the_checkpoints_are_refused(loaders):
     usual, first, second = loaders()
-    with pytest.raises(UserError, match="overlap: 3 steps from 2 on"):
-        Curriculum(usual, [Lesson(4, 1, second), Lesson(2, 3, first)])
     state = curriculum(loaders).state_dict()
     with pytest.raises(UserError, match="lessons are not those"):
         Curriculum(usual, [Lesson(2, 3, first)]).load_state_dict(state)
