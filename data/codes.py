@@ -42,12 +42,13 @@ class TokenizeStats:
 
 
 def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 1, batch: int = 64,
-                    max_bad_fraction: float = 0.01, progress: bool = True) -> TokenizeStats:
+                    max_bad_fraction: float = 0.01, progress: bool = True, overwrite: bool = False) -> TokenizeStats:
     """Writes a shard of codes of the same name for every `world`-th shard, from the `rank`-th on.
 
     shards: paths and addresses, or what `list_sources` takes; batch: media encoded at once. Bad samples are left out,
-    logged and counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, or
-    when `out_folder` holds codes of other tokenizers or of another shard of that name.
+    logged and counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, when
+    another process is writing a shard, or when `out_folder` holds codes of other tokenizers or of another shard of that
+    name, unless `overwrite`.
     """
     shards = list(map(str, shards)) if isinstance(shards, list | tuple) else list_sources(shards)
     names = sorted(map(local_name, shards))
@@ -67,12 +68,13 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
         if out.exists():
             found = read_header(out)
-            if found != header:
+            if found == header:
+                stats.skipped += 1
+                bar.update(size or 0)
+                continue
+            if not overwrite:
                 what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
-                raise UserError(f"{out} was made from {what}; remove it or choose another folder for the codes")
-            stats.skipped += 1
-            bar.update(size or 0)
-            continue
+                raise UserError(f"{out} was made from {what}; choose another folder for the codes, or overwrite them")
         samples = read_indexed(local, verify=True, salvage=True, name=shown(shard))
         _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar)
         bar.set_postfix(samples=stats.samples, bad=stats.bad)

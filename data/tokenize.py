@@ -24,11 +24,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="where the tokenizers run (cpu, cuda)")
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine, when not under torchrun")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="more bad samples than this stop it")
+    parser.add_argument("--overwrite", action="store_true", help="replace codes of other tokenizers or other shards")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         raise UserError(f"no run folder at {args.run}: train one with `torchrun train.py configs/demo.toml`")
     shards = list_sources(args.shards)
-    options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction}
+    options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction, "overwrite": args.overwrite}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 and args.processes > 1 and args.device == "cpu":
         tokenize_in_processes(shards, args.out, args.run / "tokenizers", args.processes, **options)
