@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -307,11 +309,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"damaged: {bad} of {samples} samples are bad and noticed; time {loss:+.1%}")
         loader = loader_numbers(Path(folder))
         print(f"loader: {loader}")
+    about = provenance()
+    with suppress(PackageNotFoundError):
+        about["versions"]["megatron-energon"] = version("megatron-energon")
     write_json(args.out, {
         "benchmark": "data",
         "what": "samples per second of one shard in the page cache, one process, interleaved; ratios to the faster "
                 "webdataset of the same kind",
-        **provenance(),
+        **about,
         "command": "python -m benchmarks.data " + " ".join(sys.argv[1:] if argv is None else argv),
         "shard": {"samples": samples, "side": args.side, "bytes": size},
         "index": {"seconds": round(seconds, 3), "bytes": index_size},

@@ -57,7 +57,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
     cache, mine = default_cache(), shards[rank::world]
-    sizes = [_size(shard) for shard in mine]
+    sizes, done = [_size(shard) for shard in mine], 0
     bar = tqdm(desc="tokenize", unit="B", unit_scale=True, total=None if None in sizes else sum(sizes),
                disable=not progress or rank != 0)
     for shard, size in zip(mine, sizes, strict=True):
@@ -70,14 +70,17 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
             found = read_header(out)
             if found == header:
                 stats.skipped += 1
-                bar.update(size or 0)
+                done += size or 0
+                bar.update(done - bar.n)
                 continue
             if not overwrite:
                 what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
                 raise UserError(f"{out} was made from {what}; choose another folder for the codes, or overwrite them")
         samples = read_indexed(local, verify=True, salvage=True, name=shown(shard))
         _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar)
-        bar.set_postfix(samples=stats.samples, bad=stats.bad)
+        done += size or 0
+        bar.set_postfix_str(f"{stats.samples:,} samples, {stats.bad} bad", refresh=False)
+        bar.update(max(done - bar.n, 0))
         stats.shards += 1
     bar.close()
     bad.finish(partial=world > 1)

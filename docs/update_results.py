@@ -19,7 +19,7 @@ from onevocab.training.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 TIMES = ROOT / "benchmarks" / "results"
-README, KERNELS = ROOT / "README.md", ROOT / "docs" / "kernels.md"
+README, KERNELS, DATA = ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "data.md"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 SHOWN = ("demo", "demo-long")  # a column each; the other files give a line below the table
@@ -117,6 +117,28 @@ def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
     return "\n".join(lines).rstrip()
 
 
+def readers(result: dict) -> str:
+    """What benchmarks/data.py found, in words and a table."""
+    loader, damaged, shard = result["loader"], result["damaged"], result["shard"]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("webdataset", "megatron-energon")
+                         if name in result["versions"])
+    lines = [f"{result['device']}, one process, {shard['samples']:,} pictures of {shard['side']} x {shard['side']} "
+             "pixels as PNG, with captions, in one tar in the page cache; "
+             f"`{result['command'].strip()}`, {result['date']}, {versions}. *decoded* gives RGB arrays and parsed JSON; "
+             "ratios are to the faster way of webdataset; energon is read through its loader, which also keeps what it "
+             "needs to restore each sample.", "", "| | samples/s | of webdataset's |", "|---|---:|---:|"]
+    lines += [f"| {kind}: {name} | {found['samples_per_second']:,} | {found['ratio']:.2f}x |"
+              for kind, ways in result["results"].items() for name, found in ways.items()]
+    lines += ["", f"- {damaged['bad']} bad samples among {damaged['samples']:,}, all noticed: "
+              f"{damaged['more_time']:+.1%} time.",
+              f"- Rows of {loader['row_length']:,} tokens out of {loader['samples']:,} samples of a mixed set (texts, "
+              f"captioned pictures, sounds, conversations): {loader['useful']:.2%} of the tokens are useful, "
+              f"{loader['left_out']:.2%} of the samples are left out, {loader['texts_in_pieces']:.2%} are texts in several "
+              "pieces.",
+              f"- A restart in the middle of an epoch of these: {loader['restart_seconds']:.2f} s to the next batch."]
+    return "\n".join(lines)
+
+
 def fill(page: str, blocks: dict[str, str]) -> str:
     """A page's text with the blocks between their markers replaced."""
     for name, text in blocks.items():
@@ -131,9 +153,10 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 def pages() -> dict[Path, dict[str, str]]:
     """What the committed files say: page -> the name of its place there -> text."""
-    times = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json"))}
+    times = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json")) if path.stem != "data-cpu"}
     return {README: {"results": table(committed()), "kernels": speeds(times, "benchmarks/results/", aims=True)},
-            KERNELS: {"kernels": speeds(times, "../benchmarks/results/")}}
+            KERNELS: {"kernels": speeds(times, "../benchmarks/results/")},
+            DATA: {"data": readers(files.read_json(TIMES / "data-cpu.json"))}}
 
 
 def committed() -> dict[str, dict]:

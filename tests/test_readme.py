@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_command
+from PIL import Image
 
 from onevocab.common.errors import UserError
+from onevocab.data.convert.writing import convert
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -99,6 +101,19 @@ def check_evaluation(words, folder):
     assert "<html" in (report / "index.html").read_text(encoding="utf-8")[:1000].lower()
 
 
+def check_own_data(words, folder):
+    """With the folder of which the README speaks; shards of an earlier command are there."""
+    pets = folder / "pets"
+    if not pets.exists():
+        pets.mkdir()
+        Image.new("RGB", (40, 30), "orange").save(pets / "cat.png")
+        (pets / "cat.txt").write_text("an orange cat")
+        convert("captions", pets, folder / "shards" / "pets", progress=False)
+    run_command([*words, "--overwrite"], cwd=folder, env=environment())
+    out = folder / words[words.index("--out") + 1]
+    assert out.is_file() or list(out.glob("*.tar"))
+
+
 def check_help(words, folder):
     """For what takes minutes or rewrites the checkout: the command exists and understands its options."""
     run_command([*words, "--help"], cwd=ROOT, env=environment())
@@ -113,6 +128,7 @@ RUNNERS = [
     (r"torchrun .*train\.py configs/", check_torchrun),
     (r"python sample\.py runs/demo", check_as_it_stands),
     (r"python -m onevocab\.evaluation runs/demo", check_evaluation),
+    (r"python -m onevocab\.data\.(convert|inspect)", check_own_data),
     (r"python -m benchmarks\.", check_help),
     (r"python docs/update_results\.py", check_help),
 ]
@@ -130,7 +146,7 @@ def test_command(command, request):
     runner = runner_of(command)
     if runner is None:
         return
-    needs_run = runner in (check_torchrun, check_as_it_stands, check_evaluation)
+    needs_run = runner in (check_torchrun, check_as_it_stands, check_evaluation, check_own_data)
     runner(shlex.split(command), request.getfixturevalue("folder") if needs_run else ROOT)
 
 
