@@ -124,8 +124,8 @@ def readers(result: dict) -> str:
                          if name in result["versions"])
     lines = [f"{result['device']}, one process, {shard['samples']:,} pictures of {shard['side']} x {shard['side']} "
              "pixels as PNG, with captions, in one tar in the page cache; "
-             f"`{result['command'].strip()}`, {result['date']}, {versions}. *decoded* gives RGB arrays and parsed JSON; "
-             "ratios are to the faster way of webdataset; energon is read through its loader, which also keeps what it "
+             f"`{result['command'].strip()}`, {result['date']}, {versions}. *decoded* gives RGB arrays and parsed "
+             "JSON; ratios are to the faster way of webdataset; energon is read through its loader, which also keeps what it "
              "needs to restore each sample.", "", "| | samples/s | of webdataset's |", "|---|---:|---:|"]
     lines += [f"| {kind}: {name} | {found['samples_per_second']:,} | {found['ratio']:.2f}x |"
               for kind, ways in result["results"].items() for name, found in ways.items()]
@@ -133,8 +133,8 @@ def readers(result: dict) -> str:
               f"{damaged['more_time']:+.1%} time.",
               f"- Rows of {loader['row_length']:,} tokens out of {loader['samples']:,} samples of a mixed set (texts, "
               f"captioned pictures, sounds, conversations): {loader['useful']:.2%} of the tokens are useful, "
-              f"{loader['left_out']:.2%} of the samples are left out, {loader['texts_in_pieces']:.2%} are texts in several "
-              "pieces.",
+              f"{loader['left_out']:.2%} of the samples are left out, {loader['texts_in_pieces']:.2%} are texts in "
+              "several pieces.",
               f"- A restart in the middle of an epoch of these: {loader['restart_seconds']:.2f} s to the next batch."]
     return "\n".join(lines)
 
