@@ -99,7 +99,8 @@ class PackedLoader:
 
     sources: one or several of `Source`, or paths; each a folder, glob or shard of codes, or of raw media, which are
     encoded here (slowly). keep: a folder for encoded documents, which are then read from there (see data/store.py);
-    without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet.
+    without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet
+    (0 and 1: this one).
     Plain texts longer than a row are cut into several documents, other documents never. Raises UserError when there
     are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
     """

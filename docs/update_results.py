@@ -125,8 +125,8 @@ def readers(result: dict) -> str:
     lines = [f"{result['device']}, one process, {shard['samples']:,} pictures of {shard['side']} x {shard['side']} "
              "pixels as PNG, with captions, in one tar in the page cache; "
              f"`{result['command'].strip()}`, {result['date']}, {versions}. *decoded* gives RGB arrays and parsed "
-             "JSON; ratios are to the faster way of webdataset; energon is read through its loader, which also keeps what "
-             "it needs to restore each sample.", "", "| | samples/s | of webdataset's |", "|---|---:|---:|"]
+             "JSON; ratios are to the faster way of webdataset; energon is read through its loader, which also keeps "
+             "what it needs to restore each sample.", "", "| | samples/s | of webdataset's |", "|---|---:|---:|"]
     lines += [f"| {kind}: {name} | {found['samples_per_second']:,} | {found['ratio']:.2f}x |"
               for kind, ways in result["results"].items() for name, found in ways.items()]
     lines += ["", f"- {damaged['bad']} bad samples among {damaged['samples']:,}, all noticed: "
