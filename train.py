@@ -36,7 +36,8 @@ from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
-from onevocab.training.loop import Stopped, train_language
+from onevocab.training.faults import Stopped
+from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
 
 
@@ -88,7 +89,7 @@ def read_config(path, overrides: list[str]) -> RunConfig:
 
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
-INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps"}
+INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds"}
 
 
 class Stage(NamedTuple):

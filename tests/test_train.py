@@ -6,18 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import Loader, run
 
 from onevocab.common.errors import UserError
-from onevocab.model.config import ModelConfig
-from onevocab.model.decoder import Decoder
 from onevocab.training import checkpoint
-from onevocab.training.config import TrainConfig
-from onevocab.training.loop import Stopped, train_language
+from onevocab.training.faults import Stopped
 from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -64,51 +61,6 @@ def test_every_shipped_configuration_is_read(name):
 
 
 # ------------------------------------------------------------------------------------------------ the loop
-
-
-@dataclass
-class Batch:
-    ids: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    modality: torch.Tensor
-    positions: torch.Tensor
-    document: torch.Tensor
-
-    def to(self, device):
-        return self
-
-
-class Loader:
-    """Rows that follow from how many batches were taken; `poison` is a step whose weights are not finite."""
-
-    def __init__(self, poison=()):
-        self.taken, self.poison = 0, poison
-
-    def next_batch(self) -> Batch:
-        generator = torch.Generator().manual_seed(self.taken)
-        ids = torch.randint(20, (2, 17), generator=generator).sort().values
-        weights = torch.full((2, 16), float("nan") if self.taken in self.poison else 1.0)
-        self.taken += 1
-        return Batch(ids[:, :-1], ids[:, 1:], weights, torch.zeros(2, 16, dtype=torch.uint8),
-                     torch.arange(16).expand(2, 16), torch.zeros(2, 16, dtype=torch.int32))
-
-    def state_dict(self):
-        return {"taken": self.taken}
-
-    def load_state_dict(self, state):
-        self.taken = state["taken"]
-
-
-CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
-
-
-def run(folder: Path, loader=None, config=CONFIG) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
-    train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"],
-                   MetricsLog(folder / "metrics.jsonl"), "stage", torch.device("cpu"))
-    return decoder.state_dict()
 
 
 def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path):

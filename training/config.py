@@ -11,7 +11,8 @@ from onevocab.training.schedule import ScheduleConfig
 class TrainConfig(BaseModel):
     """steps: optimiser steps; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
     precision: of the matmuls, "auto" is the faster one here; max_bad_steps: so many non-finite losses in a row stop
-    the run; *_every: in steps."""
+    the run; stall_seconds: a rank that waits so long for data or for another rank ends the run (0: never); *_every: in
+    steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(default=1000, ge=1)
@@ -21,5 +22,6 @@ class TrainConfig(BaseModel):
     z_loss: float = Field(default=1e-5, ge=0)
     clip: float = Field(default=1.0, gt=0)
     max_bad_steps: int = Field(default=10, ge=1)
+    stall_seconds: float = Field(default=1800.0, ge=0)
     log_every: int = Field(default=20, ge=1)
     save_every: int = Field(default=500, ge=1)

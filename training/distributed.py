@@ -68,6 +68,15 @@ def broadcast(value, source: int = 0):
     return box[0]
 
 
+def gather(value) -> list:
+    """A JSON-like value of each rank, on every rank, in the order of ranks."""
+    if world() == 1:
+        return [value]
+    box = [None] * world()
+    dist.all_gather_object(box, value)
+    return box
+
+
 def finish() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():

@@ -1,7 +1,6 @@
 """The loop of both language stages: one straight line from a batch to an update."""
 
 import math
-import signal
 import time
 
 import torch
@@ -13,14 +12,11 @@ from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.training import checkpoint, distributed
 from onevocab.training.config import TrainConfig
+from onevocab.training.faults import Stopped, StopSignal, Watchdog
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import build_optimizers
 from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import multiplier
-
-
-class Stopped(Exception):
-    """The run was asked to stop; everything is saved."""
 
 
 class NextTokenLoss(nn.Module):
@@ -35,22 +31,6 @@ class NextTokenLoss(nn.Module):
         hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document))
         return linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head_weight, batch.targets.flatten(),
                                     batch.weights.flatten(), self.z_loss)
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT until the end of a step."""
-
-    def __enter__(self):
-        self.asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def train_language(
@@ -74,8 +54,10 @@ def train_language(
     precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
 
     def save(step: int) -> None:
+        watchdog.waits_for("the checkpoint", step)
+        unreported = distributed.gather(sums.tolist())
         if distributed.is_main():
-            state = {"loader": loader.state_dict(), "precision": precision}
+            state = {"loader": loader.state_dict(), "precision": precision, "unreported": unreported}
             checkpoint.save(folder, step, decoder, model_info, optimizers, state)
         distributed.barrier()
 
@@ -83,10 +65,17 @@ def train_language(
     model = DistributedDataParallel(module) if distributed.world() > 1 else module
     decoder.train()
     sums = torch.zeros(3, len(modalities), device=device)  # weighted nll, weights, tokens; since the last report
+    if found:  # of another number of ranks: together they are the same
+        parts = torch.tensor(found.state["unreported"], device=device)
+        same_ranks = len(parts) == distributed.world()
+        sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
     bad, began, saved = 0, time.perf_counter(), start
-    with StopSignal() as stop, progress(config.steps, start, stage, distributed.is_main()) as bar:
+    watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
+    with StopSignal() as stop, watchdog, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
+            watchdog.waits_for("data", step)
             batch = loader.next_batch().to(device)
+            watchdog.waits_for("the update", step)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
             with autocast(precision, device):
                 loss, nll = model(batch)

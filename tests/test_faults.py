@@ -1,0 +1,142 @@
+"""Faults in real processes: killed, stopped, starved and restarted, a training ends as if nothing had been."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny_training import CONFIG, run
+
+from onevocab.training import checkpoint
+from onevocab.training.metrics import read_metrics
+
+SCRIPT = "tests/tiny_training.py"
+STEPS = 30
+
+
+def start(folder, *options, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                                      f"--max-restarts={restarts}"]
+    return subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder), "--steps", str(STEPS), *map(str, options)],
+                            cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finished(*arguments, **options) -> str:
+    process = start(*arguments, **options)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, err
+    return err
+
+
+def outcome(folder):
+    """(weights, losses by step) of a finished run."""
+    newest = checkpoint.list_steps(folder / "stage")[0]
+    assert newest.name == f"step-{STEPS}"
+    return checkpoint.load_weights(newest)[0], {line["step"]: line["loss_text"]
+                                               for line in read_metrics(folder / "metrics.jsonl")}
+
+
+def same(one, two) -> bool:
+    (weights, losses), (others, other_losses) = one, two
+    return losses == other_losses and weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    finished(folder)
+    return outcome(folder)
+
+
+def _train(folder) -> None:
+    run(folder, config=CONFIG.model_copy(update={"steps": STEPS, "save_every": 1, "precision": "float32"}))
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(whole, tmp_path):
+    """kill -9 while it steps and while it saves: it saves after every step. Forked, so that no moment is an import."""
+    context, moments, kills, saving = multiprocessing.get_context("fork"), random.Random(0), 0, 0
+    begun = time.monotonic()
+    (tmp_path / "timed").mkdir()
+    _train(tmp_path / "timed")
+    seconds, folders = time.monotonic() - begun, 0
+    while kills < 20:
+        folder = tmp_path / f"run-{folders}"
+        folder.mkdir()
+        folders += 1
+        for _ in range(100):
+            process = context.Process(target=_train, args=(folder,))
+            process.start()
+            process.join(moments.uniform(0, seconds / 3))
+            if not process.is_alive():
+                break
+            process.kill()
+            process.join()
+            kills += 1
+            saving += bool(list(folder.glob("stage/.step-*.part")))
+        assert process.exitcode == 0
+        assert same(outcome(folder), whole)
+        assert not [path.name for path in (folder / "stage").iterdir() if path.name.startswith(".")]
+    assert saving  # else none hit a checkpoint that was being written
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on(whole, tmp_path, number):
+    err = finished(tmp_path, "--at", 7, "--kill", int(number), "--save-every", 100)
+    assert "stopped at step 8" in err
+    assert [path.name for path in checkpoint.list_steps(tmp_path / "stage")] == ["step-8"]
+    finished(tmp_path, "--save-every", 100)
+    assert same(outcome(tmp_path), whole)
+
+
+@pytest.mark.slow
+def test_one_rank_asked_to_stop_stops_all(tmp_path):
+    process = start(tmp_path, "--at", 7, "--on", 1, "--kill", int(signal.SIGTERM), "--save-every", 100, ranks=2)
+    err = process.communicate(timeout=120)[1]
+    assert err.count("stopped at step 8") == 2 and process.returncode == 0, err
+    finished(tmp_path, ranks=2)
+    finished(tmp_path / "whole", ranks=2)
+    assert same(outcome(tmp_path), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [["--kill", int(signal.SIGKILL)], ["--stall", 4]], ids=["killed", "starved"])
+def test_a_rank_that_dies_or_starves_is_started_again(tmp_path, what):
+    """torchrun starts all ranks anew; they go on from the last checkpoint."""
+    err = finished(tmp_path / "faulty", "--at", 11, "--on", 1, "--save-every", 4, *what, ranks=2, restarts=3)
+    assert ("has waited" in err and "for data at step 11" in err) == ("--stall" in what)
+    finished(tmp_path / "whole", "--save-every", 4, ranks=2)
+    assert same(outcome(tmp_path / "faulty"), outcome(tmp_path / "whole"))
+
+
+def test_starved_alone_it_ends_with_one_line(tmp_path):
+    process = start(tmp_path, "--at", 5, "--stall", 2)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 3 and "error: stage: rank 0 has waited" in err and "Traceback" not in err
+    assert checkpoint.list_steps(tmp_path / "stage")[0].name == "step-5"
+
+
+@pytest.mark.slow
+def test_one_byte_of_any_checkpoint_file_is_noticed(whole, tmp_path):
+    finished(tmp_path)
+    newest = checkpoint.list_steps(tmp_path / "stage")[0]
+    files, places = sorted(newest.iterdir()), random.Random(1)
+    assert len(files) == 5
+    for path in files:
+        content = path.read_bytes()
+        for place in [0, len(content) - 1, *(places.randrange(len(content)) for _ in range(8))]:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            found = checkpoint.load_latest(tmp_path / "stage")
+            assert found.step == STEPS - 1 and path.name in found.damaged[0], (path.name, place)
+        path.write_bytes(content)
+    assert checkpoint.load_latest(tmp_path / "stage").step == STEPS
+    files[2].write_bytes(b"x")
+    assert files[2].name in finished(tmp_path)  # goes on from the one before, and says so
+    assert same(outcome(tmp_path), whole)

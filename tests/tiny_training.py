@@ -1,0 +1,118 @@
+"""The language loop on a tiny decoder: for tests, and as a script for processes that are killed.
+
+    python tests/tiny_training.py FOLDER --steps 12 --save-every 1     (or under torchrun)
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from onevocab.common.errors import cli
+from onevocab.model.config import ModelConfig
+from onevocab.model.decoder import Decoder
+from onevocab.training import distributed
+from onevocab.training.config import TrainConfig
+from onevocab.training.faults import Stopped
+from onevocab.training.loop import train_language
+from onevocab.training.metrics import MetricsLog
+
+
+@dataclass
+class Batch:
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    modality: torch.Tensor
+    positions: torch.Tensor
+    document: torch.Tensor
+
+    def to(self, device):
+        return self
+
+
+class Loader:
+    """Four rows that follow from how many batches were taken, shared out over the ranks; `poison` is a step whose
+    weights are not finite."""
+
+    def __init__(self, poison=(), rank: int = 0, world: int = 1):
+        self.taken, self.poison, self.rank, self.world = 0, poison, rank, world
+
+    def next_batch(self) -> Batch:
+        generator = torch.Generator().manual_seed(self.taken)
+        ids = torch.randint(20, (4, 17), generator=generator).sort().values
+        weights = torch.full((4, 16), float("nan") if self.taken in self.poison else 1.0)
+        weights[:, : self.taken % 5] = 0  # rows and ranks whose tokens count differently
+        self.taken += 1
+        columns = ids[:, :-1], ids[:, 1:], weights, torch.zeros(4, 16, dtype=torch.uint8), \
+            torch.arange(16).expand(4, 16), torch.zeros(4, 16, dtype=torch.int32)
+        share = 4 // self.world
+        return Batch(*(column[self.rank * share : (self.rank + 1) * share] for column in columns))
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]
+
+
+CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
+
+
+def run(folder: Path, loader=None, config=CONFIG) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
+    log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None)
+    train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"], log, "stage",
+                   torch.device("cpu"))
+    return decoder.state_dict()
+
+
+class Misfortune(Loader):
+    """What befalls one rank before a step: it is killed, gets a signal, or its data do not come. Once: a file in the
+    folder remembers."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        super().__init__(rank=distributed.rank(), world=distributed.world())
+        self.mark, self.args = folder / "happened", args
+
+    def next_batch(self) -> Batch:
+        if self.taken == self.args.at and self.rank == self.args.on and not self.mark.exists():
+            self.mark.touch()
+            if self.args.stall:
+                time.sleep(3600)
+            os.kill(os.getpid(), self.args.kill)
+        return super().next_batch()
+
+
+@cli
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--save-every", type=int, default=1)
+    parser.add_argument("--at", type=int, default=-1, help="before which step")
+    parser.add_argument("--on", type=int, default=0, help="which rank")
+    parser.add_argument("--kill", type=int, default=signal.SIGKILL, help="by which signal")
+    parser.add_argument("--stall", type=float, help="the data do not come; seconds after which that is an error")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    distributed.init("cpu")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIG.model_copy(update={"steps": args.steps, "save_every": args.save_every, "precision": "float32"}
+                               | ({"stall_seconds": args.stall} if args.stall else {}))
+    try:
+        run(args.folder, Misfortune(args.folder, args), config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+    finally:
+        distributed.finish()
+
+
+if __name__ == "__main__":
+    main()

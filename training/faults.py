@@ -1,0 +1,65 @@
+"""What may befall a run from outside: it is asked to stop, or it stands still."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+STALLED = 3  # the exit code of a run that stood still
+
+
+class Stopped(Exception):
+    """The run was asked to stop; everything is saved."""
+
+
+class StopSignal:
+    """Remembers SIGTERM, SIGINT and SIGUSR1 (SLURM's `--signal=USR1@120`) until the end of a step."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self):
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in self.NUMBERS}
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Watchdog:
+    """Ends the process when nothing happens for `seconds`: data that do not come, a rank that is gone.
+
+    A thread, because whoever waits cannot look at the clock. It says what was waited for and exits with code 3, so that
+    `torchrun --max-restarts` starts all ranks anew from the last checkpoint. seconds 0: it never does.
+    """
+
+    def __init__(self, seconds: float, stage: str, rank: int = 0):
+        self.seconds, self.stage, self.rank = seconds, stage, rank
+        self._what, self._since, self._step = "", time.monotonic(), 0
+        self._over = threading.Event()
+
+    def __enter__(self):
+        if self.seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+
+    def waits_for(self, what: str, step: int) -> None:
+        """To be called before everything that may take long; what: "data", "the update", "the checkpoint"."""
+        self._what, self._step, self._since = what, step, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(self.seconds / 4, 10)):
+            waited = time.monotonic() - self._since
+            if waited > self.seconds:
+                print(f"error: {self.stage}: rank {self.rank} has waited {waited:.0f} s for {self._what} at step "
+                      f"{self._step}; its last checkpoint stays, the same command continues (stall_seconds sets how "
+                      "long to wait)", file=sys.stderr, flush=True)
+                os._exit(STALLED)
