@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from onevocab.common.errors import UserError
 
+MAX_SAID = 10_000  # characters of an error
+
 
 def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
     """Runs `work(*a)` for each `a` in a process of its own, started afresh (spawn), and waits for all.
@@ -25,13 +27,18 @@ def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
             worker.start()
     finally:
         os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    said: list[str] = []
     while any(worker.is_alive() for worker in workers):
+        while not queue.empty():  # a full pipe would hold the process that writes
+            said.append(queue.get())
         if any(worker.exitcode not in (None, 0) for worker in workers):
             for worker in workers:
                 worker.terminate()
         time.sleep(0.05)
-    if not queue.empty():
-        raise UserError(queue.get())
+    while not queue.empty():
+        said.append(queue.get())
+    if said:
+        raise UserError(said[0])
     if any(worker.exitcode for worker in workers):
         raise UserError(failed)
 
@@ -46,6 +53,6 @@ def _run(queue, work: Callable, arguments: tuple) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         work(*arguments)
-    except UserError as error:
-        queue.put(str(error))
+    except (UserError, OSError) as error:
+        queue.put(str(error)[:MAX_SAID])
         raise SystemExit(2) from None

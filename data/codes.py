@@ -4,6 +4,7 @@ A shard of codes is a pure function of the raw shard and the tokenizers, and is 
 but the output folder, and a run that was killed goes on with the shards that are missing.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -101,11 +102,11 @@ def _fingerprint(shard: Path) -> str:
 
 def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) -> None:
     pending: list[tuple[Sample, list[str]]] = []
-    known: dict[bytes, bytes] = {}  # medium -> codes: pictures and words that come again are encoded once a shard
+    known: dict[bytes, bytes | str] = {}  # digest of a medium -> codes: what comes again is encoded once a shard
     waiting: dict[bytes, str] = {}
     with ShardFile(out, header) as writer:
         def flush():
-            known.update(_encode(waiting, tokenizers))
+            known.update((_digest(file), codes) for file, codes in _encode(waiting, tokenizers).items())
             for sample, endings in pending:
                 try:
                     writer.write(sample.key, _with_codes(sample, endings, known))
@@ -130,11 +131,15 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
                 continue
             pending.append((sample, endings))
             for ending in endings:
-                if not ending.endswith("npy") and sample.members[ending] not in known:
+                if not ending.endswith("npy") and _digest(sample.members[ending]) not in known:
                     waiting[sample.members[ending]] = modality_of_ending(ending)
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
+
+
+def _digest(file: bytes) -> bytes:
+    return hashlib.sha256(file).digest()
 
 
 def _encode(media: dict[bytes, str], tokenizers) -> dict[bytes, bytes | str]:
@@ -167,7 +172,7 @@ def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, by
     for ending, new in renamed.items():
         content = sample.members[ending]
         if not ending.endswith("npy"):
-            content = codes[content]
+            content = codes[_digest(content)]
             if isinstance(content, str):
                 raise BadSample(sample.key, sample.shard, f"member {ending}: {content}")
         else:

@@ -25,8 +25,14 @@ class BadSample(Exception):
     """A sample that cannot be used: `shard`, `key`, `reason`."""
 
     def __init__(self, key: str, shard: str, reason: str):
+        key, reason = _short(key), _short(reason)
         super().__init__(f"{shard}: sample {key}: {reason}")
         self.key, self.shard, self.reason = key, shard, reason
+
+
+def _short(text: str, most: int = 500) -> str:
+    """What a stranger's file makes us say."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 class BadSamples:

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     shards = list_sources(args.shards)
     options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction, "overwrite": args.overwrite}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: ranks go from 0 to {world - 1}")
     if world == 1 and args.processes > 1 and args.device == "cpu":
         tokenize_in_processes(shards, args.out, args.run / "tokenizers", args.processes, **options)
         print(f"codes of {len(shards)} shards are in {args.out}")

@@ -13,7 +13,7 @@ import webdataset
 
 from onevocab.common.errors import UserError
 from onevocab.data.index import build_index, index_path
-from onevocab.data.shards import ENDINGS, HEADER_KEY, is_meta, split_name, unsafe_name
+from onevocab.data.shards import ENDINGS, HEADER_KEY, MAX_NAME, is_meta, split_name, unsafe_name
 
 
 class ShardFile:
@@ -52,8 +52,11 @@ class ShardFile:
         if split_name(key + ".x") != (key, "x") or is_meta(key) or unsafe_name(key) or key == self._before:
             raise ValueError(f"bad or repeated sample key {key!r}: no dots in its last part, not the one before")
         for ending in members:
-            if ending != ending.lower() or ending.rpartition(".")[2] not in ENDINGS or "/" in ending:
+            known = ending == ending.lower() and ending.rpartition(".")[2] in ENDINGS
+            if not known or "/" in ending or ending.startswith("_"):
                 raise ValueError(f"sample {key}: a member may not end in {ending!r}; use {sorted(ENDINGS)}")
+            if len(key) + 1 + len(ending) > MAX_NAME:
+                raise ValueError(f"sample {key[:100]}...: a name of more than {MAX_NAME:,} characters")
         with self._writing():
             self._tar.write({"__key__": key, **members})
         self._before = key
@@ -72,14 +75,17 @@ class ShardFile:
         except BaseException:
             self.discard()
             raise
-        build_index(self.path, must_save=False)
+        build_index(self.path, must_save=False, anew=True)
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        for close in (self._tar.close, self._file.close):
-            with suppress(OSError, ValueError):  # the disk is full, or it is closed already
-                close()
-        self._aside.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # the disk is full, or it is closed already
+            self._tar.close()
+        with suppress(OSError, ValueError):  # only while we hold its lock it is ours to remove
+            if os.path.samestat(os.stat(self._aside), os.fstat(self._file.fileno())):
+                self._aside.unlink()
+        with suppress(OSError, ValueError):
+            self._file.close()
 
     def __enter__(self):
         return self
