@@ -11,6 +11,21 @@ from onevocab.common.errors import UserError
 MAX_SAID = 10_000  # characters of an error
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, from torchrun's RANK and WORLD_SIZE (or yours); (0, 1) without.
+    Raises UserError when they are no such numbers."""
+    found = []
+    for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(variable, default)
+        if not value.isdecimal():
+            raise UserError(f"the environment's {variable} is {value!r}, no number; start with torchrun, or unset it")
+        found.append(int(value))
+    rank, world = found
+    if rank >= world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: ranks count from 0; set both, or neither")
+    return rank, world
+
+
 def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
     """Runs `work(*a)` for each `a` in a process of its own, started afresh (spawn), and waits for all.
 

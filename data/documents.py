@@ -31,8 +31,9 @@ class BadSample(Exception):
 
 
 def _short(text: str, most: int = 500) -> str:
-    """What a stranger's file makes us say."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+    """What a stranger's file makes us say: not everything, and nothing that a terminal obeys."""
+    length, text = len(text), "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return text if length <= most else f"{text}... ({length:,} characters)"
 
 
 class BadSamples:
@@ -45,6 +46,11 @@ class BadSamples:
 
     def good(self, samples: int = 1) -> None:
         self.seen += samples
+
+    def known(self, samples: int, bad: int) -> None:
+        """Samples of an earlier run, which named the bad ones."""
+        self.seen += samples
+        self.bad += bad
 
     def add(self, bad: BadSample) -> None:
         """Raises UserError as soon as the rate cannot be met by the first thousand samples any more."""

@@ -294,7 +294,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.out} exists already: choose another --out, or --overwrite")
     shards = [shard for path in args.shards for shard in list_sources(path)]
     tokenizers = Tokenizers.load(args.run / "tokenizers") if args.run else None
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder: name the page's file")
     found = survey(shards, tokenizers, args.samples, args.show)
+    if not found.counts["samples"] and found.bad:
+        raise UserError(f"nothing could be read, no page was written: {found.bad[0]}")
     write_atomic(args.out, page(found, tokenizers))
     print(f"{args.out}: {found.counts['samples']:,} samples of {len(found.shards)} shards, {len(found.bad):,} bad "
           f"ones left out, {sum(map(len, found.samples.values())) - len(found.samples):,} exact duplicates")

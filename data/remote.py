@@ -207,6 +207,8 @@ def _failing(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         what = re.sub(r"\?[^\s'\")]*|(?<=//)[^/\s]*@", "", f"{type(error).__name__}: {error}")  # libraries show secrets
+        if not is_remote(source):
+            raise UserError(f"cannot decompress {source} ({what}): damaged or cut short; fetch it again") from None
         raise UserError(f"cannot fetch {shown(source)} ({what}); check the address, your access and the disk") from None
 
 

@@ -330,15 +330,15 @@ def test_long_texts_are_cut(text, limit):
 
 
 def test_roles_of_columns():
-    assert guess(["id", "audio", "sentence"], ["audio"], {}) == {"audio": "audio", "text": "sentence"}
-    assert guess(["image", "question", "answer", "input"], ["image"], {}) == {
+    assert guess(["id", "audio", "sentence"], ["audio"], ["sentence"], {}) == {"audio": "audio", "text": "sentence"}
+    assert guess(["image", "question", "answer", "input"], ["image"], ["answer"], {}) == {
         "image": "image", "instruction": "question", "response": "answer", "input": "input"}
-    assert guess(["a", "b", "text"], ["a", "b"], {"image": "a"}) == {"image": "a", "text": "text"}
-    assert guess(["img", "words"], ["img"], {"text": "words"}) == {"image": "img", "text": "words"}
+    assert guess(["a", "b", "text"], ["a", "b"], ["text"], {"image": "a"}) == {"image": "a", "text": "text"}
+    assert guess(["img", "words"], ["img"], [], {"text": "words"}) == {"image": "img", "text": "words"}
     for names, files, named in ((["a", "b", "text"], ["a", "b"], {}), (["img", "words"], ["img"], {}),
                                 (["a", "b"], [], {"instruction": "a"})):
         with pytest.raises(UserError, match="--map"):
-            guess(names, files, named)
+            guess(names, files, names, named)
 
 
 def test_folders_of_datasets(tmp_path):

@@ -64,8 +64,8 @@ def test_compressed_shards_are_the_same_samples(shard, tmp_path, monkeypatch):
 def test_what_cannot_be_copied_leaves_nothing(shard, tmp_path, monkeypatch):
     cache, packed = ShardCache(tmp_path / "cache", max_bytes=1 << 20), gzip.compress(shard.read_bytes())
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    for name, content, reason in [("cut.tar.gz", packed[:-20], "cannot fetch .*cut.tar.gz .EOFError"),
-                                  ("bad.tar.gz", packed[:60] + b"x" * 99, "cannot fetch .*bad.tar.gz"),
+    for name, content, reason in [("cut.tar.gz", packed[:-20], "cannot decompress .*cut.tar.gz .EOFError.*cut short"),
+                                  ("bad.tar.gz", packed[:60] + b"x" * 99, "cannot decompress .*bad.tar.gz"),
                                   ("bomb.tar.gz", gzip.compress(bytes(1 << 22)), "larger than the 1,048,576 bytes"),
                                   ("a.tar.zst", remote.ZSTD, "pip install zstandard")]:
         (tmp_path / name).write_bytes(content)

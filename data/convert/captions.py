@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.media import MediaFolder, is_medium, suffix_of
+from onevocab.data.convert.media import VIDEO_SUFFIXES, MediaFolder, is_medium, suffix_of
 from onevocab.data.convert.samples import Dropped, Format, Row, field_of, list_of, pairs
 
 FILES = ("file_name", "file", "filename", "path", "filepath", "image", "image_path", "audio", "audio_path", "video")
-CAPTIONS = ("caption", "captions", "text", "sentence", "description")
+CAPTIONS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
 MAX_SIDECAR = 1 << 20  # bytes
 _NUMBERED = re.compile(r"caption_?(\d+)")
 
@@ -43,7 +43,8 @@ def _rows(options, unit: Path) -> Iterator[Row]:
         yield from _walk(unit)
         return
     folder = unit.parent if options.source.is_dir() else options.media.root
-    if tables.kind_of(unit) == ".json" and isinstance(listed := tables.document(unit), dict):
+    if tables.kind_of(unit) == ".json" and tables.listed(listed := tables.document(unit)) is None and isinstance(
+            listed, dict):
         for number, (file, caption) in enumerate(listed.items()):
             yield f"{unit.name}#{number}", (folder, {"file": file, "caption": caption})
         return
@@ -54,9 +55,12 @@ def _rows(options, unit: Path) -> Iterator[Row]:
 def _walk(folder: Path) -> Iterator[Row]:
     for here, folders, names in os.walk(folder):
         folders.sort()
+        videos = {Path(name).stem for name in names if suffix_of(name) in VIDEO_SUFFIXES}
         for name in sorted(names):
             place = Path(here, name).relative_to(folder).as_posix()
-            if not name.startswith(".") and suffix_of(name) not in (".txt", ".json"):
+            used = suffix_of(name) in (".txt", ".json") or (
+                suffix_of(name) in (".srt", ".vtt") and Path(name).stem in videos)
+            if not name.startswith(".") and not used:
                 yield place, (folder, place) if is_medium(name) else Dropped("unknown ending", place)
 
 
@@ -96,7 +100,7 @@ def _beside(media: MediaFolder, place: str) -> list:
             raise Dropped("too large", f"{stem}{ending} has more than {MAX_SIDECAR:,} bytes")
         if ending == ".txt":
             text = content.decode("utf-8-sig", "surrogateescape")
-            return [line for line in text.splitlines() if line.strip()]
+            return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         value = tables.record_of(content)
         if isinstance(value, Dropped):
             raise value

@@ -98,7 +98,7 @@ def _sum(parts: list[Report]) -> Report:
 # ------------------------------------------------------------------------------------------- the output folder
 
 _SHARD = re.compile(r"\.?[a-z0-9-]+-(\d{5,})-\d{6,}\.tar(\.[\w.]+)?")
-_REPORT = re.compile(r"\.?report(?:-(\d{5})-of-\d{5})?\.json(\.\d+\.part)?")
+_REPORT = re.compile(r"\.?report(?:-(\d{5})-of-\d{5})?\.json(\.[0-9a-f]+\.part)?")
 
 
 def claim(out: Path, rank: int, world: int, overwrite: bool) -> None:

@@ -114,7 +114,7 @@ def _count(report: Report, name: str, made: Draft, members: dict[str, bytes]) ->
         report.bytes += len(content)
         if modality := modality_of_ending(ending):
             report.media[modality] = report.media.get(modality, 0) + 1
-    report.reencoded += len({part.content for _, parts in made.turns for part in parts
-                             if isinstance(part, Medium) and part.reencoded})
-    for dropped in made.left_out:
+    shown = [part for _, parts in made.turns for part in parts if isinstance(part, Medium)]
+    report.reencoded += len({part.content for part in shown if part.reencoded})
+    for dropped in [*made.left_out, *(part.without for part in shown if part.without)]:
         report.add(report.left_out, name, dropped)
