@@ -6,8 +6,9 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from onevocab.common.errors import UserError
 
@@ -35,6 +36,23 @@ def locked(path, wait: bool = True) -> Iterator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def claim_file(path: Path) -> BinaryIO | None:
+    """The empty file `path`, open for writing and locked, or None while another process has it. The lock goes with its
+    process, however that ends."""
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate(0)
+                return file
+        file.close()  # whoever had it has just renamed it
 
 
 def sha256_file(path) -> str:

@@ -1,17 +1,16 @@
 """Writes shards: whole or absent, the same bytes for the same samples, each with an index of what was written."""
 
-import fcntl
 import glob
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import webdataset
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import claim_file
 from onevocab.data.index import build_index, index_path
 from onevocab.data.shards import ENDINGS, HEADER_KEY, MAX_NAME, is_meta, split_name, unsafe_name
 
@@ -30,7 +29,7 @@ class ShardFile:
         self._aside = self.path.with_name(f".{self.path.name}.part")
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _claimed(self._aside)
+            self._file = claim_file(self._aside)
         if self._file is None:
             raise UserError(f"another process is writing {self.path}: wait for it, or choose another folder")
         self._tar = webdataset.TarWriter(self._file, user="onevocab", group="onevocab", encoder=False, mtime=0)
@@ -92,23 +91,6 @@ class ShardFile:
 
     def __exit__(self, kind, *_):
         self.discard() if kind else self.close()
-
-
-def _claimed(path: Path) -> BinaryIO | None:
-    """The empty file `path`, open for writing and locked, or None while another process has it. The lock goes with its
-    process, however that ends."""
-    while True:
-        file = open(path, "ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                file.truncate(0)
-                return file
-        file.close()  # whoever had it has just renamed it
 
 
 class ShardWriter:
