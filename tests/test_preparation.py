@@ -25,7 +25,7 @@ from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards import list_shards, read_shard
 from onevocab.data.writing import ShardFile
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.media import encode_audio
+from onevocab.tokenizers.media import encode_audio, load_image
 
 PER_SHARD = 100
 CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=64)
@@ -237,3 +237,11 @@ def test_tokenize_refuses_what_cannot_be(tmp_path, tokenizers, words, environmen
 def test_messages_obey_nobody():
     error = BadSample("\x1b[31mred\nerror: fake", "a.tar", "\x07")
     assert str(error) == r"a.tar: sample \x1b[31mred\nerror: fake: \x07"
+
+
+def test_sixteen_bits_a_pixel_are_brought_to_eight():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(ramp, (4, 1))).save(buffer, "PNG")
+    read = np.asarray(load_image(buffer.getvalue()))
+    assert read.shape == (4, 64, 3) and (read[0, :, 0] == ramp >> 8).all()
