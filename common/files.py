@@ -4,9 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from onevocab.common.errors import UserError
 
@@ -15,7 +17,8 @@ def write_atomic(path, content: bytes | str) -> None:
     """Writes aside, fsyncs and renames, so that a crash never leaves half a file under `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not the process's number: machines that share a disk share those.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(aside, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -27,11 +30,29 @@ def write_atomic(path, content: bytes | str) -> None:
 
 
 @contextmanager
-def locked(path) -> Iterator[None]:
-    """One process at a time holds the file `path`; the lock goes with its process, however that ends."""
+def locked(path, wait: bool = True) -> Iterator[None]:
+    """One process at a time holds the file `path`; the lock goes with its process, however that ends. Without `wait`
+    raises BlockingIOError when another one has it."""
     with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+
+
+def claim_file(path: Path) -> BinaryIO | None:
+    """The empty file `path`, open for writing and locked, or None while another process has it. The lock goes with its
+    process, however that ends."""
+    while True:
+        file = open(path, "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                file.truncate(0)
+                return file
+        file.close()  # whoever had it has just renamed it
 
 
 def sha256_file(path) -> str:

@@ -8,6 +8,23 @@ from collections.abc import Callable
 
 from onevocab.common.errors import UserError
 
+MAX_SAID = 10_000  # characters of an error
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, from torchrun's RANK and WORLD_SIZE (or yours); (0, 1) without.
+    Raises UserError when they are no such numbers."""
+    found = []
+    for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        value = os.environ.get(variable, default)
+        if not value.isdecimal():
+            raise UserError(f"the environment's {variable} is {value!r}, no number; start with torchrun, or unset it")
+        found.append(int(value))
+    rank, world = found
+    if rank >= world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: ranks count from 0; set both, or neither")
+    return rank, world
+
 
 def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
     """Runs `work(*a)` for each `a` in a process of its own, started afresh (spawn), and waits for all.
@@ -25,13 +42,18 @@ def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
             worker.start()
     finally:
         os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
+    said: list[str] = []
     while any(worker.is_alive() for worker in workers):
+        while not queue.empty():  # a full pipe would hold the process that writes
+            said.append(queue.get())
         if any(worker.exitcode not in (None, 0) for worker in workers):
             for worker in workers:
                 worker.terminate()
         time.sleep(0.05)
-    if not queue.empty():
-        raise UserError(queue.get())
+    while not queue.empty():
+        said.append(queue.get())
+    if said:
+        raise UserError(said[0])
     if any(worker.exitcode for worker in workers):
         raise UserError(failed)
 
@@ -46,6 +68,6 @@ def _run(queue, work: Callable, arguments: tuple) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         work(*arguments)
-    except UserError as error:
-        queue.put(str(error))
+    except (UserError, OSError) as error:
+        queue.put(str(error)[:MAX_SAID])
         raise SystemExit(2) from None

@@ -4,7 +4,9 @@ A shard of codes is a pure function of the raw shard and the tokenizers, and is 
 but the output folder, and a run that was killed goes on with the shards that are missing.
 """
 
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,10 +26,12 @@ from onevocab.data.documents import (
     modality_of_ending,
     turns_of,
 )
-from onevocab.data.index import read_indexed
+from onevocab.data.index import build_index, read_indexed
 from onevocab.data.remote import default_cache, is_remote, list_sources, local_name, shown
-from onevocab.data.shards import Sample, codes_to_npy, npy_to_codes, read_header
+from onevocab.data.shards import Sample, check_header, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.writing import ShardFile
+
+log = logging.getLogger("onevocab.data")
 
 
 @dataclass
@@ -65,17 +69,17 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         if not is_remote(shard) and out.resolve().parent == Path(shard).resolve().parent:
             raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
         local = cache.fetch(shard)
+        found = read_header(local)
+        if found:
+            check_header(shown(shard), found, tokenizers.hash)
         header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
-        if out.exists():
-            found = read_header(out)
-            if found == header:
-                stats.skipped += 1
-                done += size or 0
-                bar.update(done - bar.n)
-                continue
-            if not overwrite:
-                what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
-                raise UserError(f"{out} was made from {what}; choose another folder for the codes, or overwrite them")
+        if out.exists() and _is_done(out, header, overwrite):
+            before, after = _count(local), _count(out)
+            bad.known(before, before - after)
+            stats.skipped += 1
+            done += size or 0
+            bar.update(done - bar.n)
+            continue
         samples = read_indexed(local, verify=True, salvage=True, name=shown(shard))
         _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar)
         done += size or 0
@@ -85,6 +89,42 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
     bar.close()
     bad.finish(partial=world > 1)
     return stats
+
+
+def _is_done(out: Path, header: dict, overwrite: bool) -> bool:
+    """Whether a shard of codes is whole. Raises UserError when it is of something else, unless `overwrite`."""
+    try:
+        found = read_header(out)
+        if found == header and not any(sample.refused for sample in read_indexed(out, verify=True)):
+            return True
+    except UserError as error:
+        found, reason = header, str(error)
+    else:
+        reason = f"{out} is damaged"
+    if found != header and not overwrite:
+        what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
+        raise UserError(f"{out} was made from {what}; choose another folder for the codes, or overwrite them")
+    if found == header:
+        log.warning("made again: %s", reason)
+    return False
+
+
+def _count(shard) -> int:
+    return len(build_index(shard, must_save=False).first) - 1
+
+
+def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | None:
+    """(samples, bad ones) of all shards together, once all are there, whoever made them; None before. Raises UserError
+    when too many are bad."""
+    bad, cache = BadSamples(max_bad_fraction), default_cache()
+    for shard in shards:
+        out = Path(out_folder) / local_name(shard)
+        if not out.exists():
+            return None
+        before, after = _count(cache.fetch(shard)), _count(out)
+        bad.known(before, before - after)
+    bad.finish()
+    return bad.seen, bad.bad
 
 
 def _size(shard: str) -> int | None:
@@ -101,11 +141,11 @@ def _fingerprint(shard: Path) -> str:
 
 def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) -> None:
     pending: list[tuple[Sample, list[str]]] = []
-    known: dict[bytes, bytes] = {}  # medium -> codes: pictures and words that come again are encoded once a shard
+    known: dict[bytes, bytes | str] = {}  # digest of a medium -> codes: what comes again is encoded once a shard
     waiting: dict[bytes, str] = {}
     with ShardFile(out, header) as writer:
         def flush():
-            known.update(_encode(waiting, tokenizers))
+            known.update((_digest(file), codes) for file, codes in _encode(waiting, tokenizers).items())
             for sample, endings in pending:
                 try:
                     writer.write(sample.key, _with_codes(sample, endings, known))
@@ -130,11 +170,15 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
                 continue
             pending.append((sample, endings))
             for ending in endings:
-                if not ending.endswith("npy") and sample.members[ending] not in known:
+                if not ending.endswith("npy") and _digest(sample.members[ending]) not in known:
                     waiting[sample.members[ending]] = modality_of_ending(ending)
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
+
+
+def _digest(file: bytes) -> bytes:
+    return hashlib.sha256(file).digest()
 
 
 def _encode(media: dict[bytes, str], tokenizers) -> dict[bytes, bytes | str]:
@@ -167,7 +211,7 @@ def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, by
     for ending, new in renamed.items():
         content = sample.members[ending]
         if not ending.endswith("npy"):
-            content = codes[content]
+            content = codes[_digest(content)]
             if isinstance(content, str):
                 raise BadSample(sample.key, sample.shard, f"member {ending}: {content}")
         else:
@@ -187,12 +231,16 @@ def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, by
     return members
 
 
-def tokenize_in_processes(shards: Iterable, out_folder, tokenizers_folder, processes: int, **options) -> None:
-    """`tokenize_shards` by `processes` processes of one thread each. Raises the first UserError of any process."""
+def tokenize_in_processes(shards: Iterable, out_folder, tokenizers_folder, processes: int,
+                          max_bad_fraction: float = 0.01, **options) -> tuple[int, int]:
+    """`tokenize_shards` by `processes` processes of one thread each; returns how many samples there are, and how many
+    of them are bad. Raises the first UserError of any process, and when too many of all samples are bad."""
     shards = [str(shard) for shard in shards]
+    options["max_bad_fraction"] = max_bad_fraction
     arguments = [(shards, str(out_folder), str(tokenizers_folder), rank, processes, options)
                  for rank in range(processes)]
     run_processes(_worker, arguments, "a process that tokenized shards died; run it again: finished shards are kept")
+    return check_all(shards, out_folder, max_bad_fraction)
 
 
 def _worker(shards, out_folder, tokenizers_folder, rank, world, options) -> None:

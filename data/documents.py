@@ -25,8 +25,15 @@ class BadSample(Exception):
     """A sample that cannot be used: `shard`, `key`, `reason`."""
 
     def __init__(self, key: str, shard: str, reason: str):
+        key, reason = _short(key), _short(reason)
         super().__init__(f"{shard}: sample {key}: {reason}")
         self.key, self.shard, self.reason = key, shard, reason
+
+
+def _short(text: str, most: int = 500) -> str:
+    """What a stranger's file makes us say: not everything, and nothing that a terminal obeys."""
+    length, text = len(text), "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:most])
+    return text if length <= most else f"{text}... ({length:,} characters)"
 
 
 class BadSamples:
@@ -39,6 +46,11 @@ class BadSamples:
 
     def good(self, samples: int = 1) -> None:
         self.seen += samples
+
+    def known(self, samples: int, bad: int) -> None:
+        """Samples of an earlier run, which named the bad ones."""
+        self.seen += samples
+        self.bad += bad
 
     def add(self, bad: BadSample) -> None:
         """Raises UserError as soon as the rate cannot be met by the first thousand samples any more."""

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from safetensors import SafetensorError
@@ -43,7 +44,8 @@ from onevocab.data.shards import (
 
 VERSION = 1
 READ = 0  # status of a member that is read; of others the place in REASONS of why not
-CHANGED = "its checksum is not the index's: it was damaged after it was written (if not, remove the shard's index)"
+CHANGED = ("its checksum is not the index's: it was damaged after it was written (if not, remove the shard's index and "
+           "what was made from it)")
 REASONS = ("", SPECIAL, OUTSIDE, DOUBLE, DAMAGED, CHANGED)
 ARRAYS = {"first": np.int64, "key_stop": np.int64, "keys": np.uint8, "offset": np.int64, "size": np.int64,
           "crc": np.uint32, "ending": np.uint32, "status": np.uint8, "header": np.int64}
@@ -99,10 +101,12 @@ class Index:
     def load(cls, path, stat: os.stat_result) -> "Index | None":
         """The index beside a shard of this size; None when there is none, or none that makes sense."""
         try:
-            file = index_path(path)
-            if file.stat().st_size > 8 * stat.st_size + 65536:  # a member takes more of a tar than of its index
-                return None
-            arrays = load_arrays(file.read_bytes())
+            most = 8 * stat.st_size + 65536  # a member takes more of a tar than of its index
+            with open(index_path(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                about = os.fstat(file.fileno())
+                if not stat.st_size or not S_ISREG(about.st_mode) or about.st_size > most:
+                    return None
+                arrays = load_arrays(file.read(most))
             about = json.loads(arrays.pop("about").tobytes())
             if about.pop("version") != VERSION:
                 return None
@@ -118,17 +122,20 @@ class Index:
         places = ("first", "keys", "offset", "size")
         if not all(np.array_equal(getattr(self, name), getattr(before, name)) for name in places):
             return
-        changed = (self.status == READ) & (before.status == READ) & (self.crc != before.crc)
-        self.status[changed | (before.status == REASONS.index(CHANGED))] = REASONS.index(CHANGED)
-        self.crc[:] = before.crc
+        known = (before.status == READ) | (before.status == REASONS.index(CHANGED))
+        changed = (self.status == READ) & known & (self.crc != before.crc)
+        self.status[changed] = REASONS.index(CHANGED)
+        self.crc[changed] = before.crc[changed]
 
     def _is_consistent(self) -> bool:
         """Whether all numbers stay within the shard and the tables: a stranger's shard brings a stranger's index."""
         if any((array := getattr(self, name)).ndim != 1 or array.dtype != kind for name, kind in ARRAYS.items()):
             return False
         n, m, total, read = len(self.first) - 1, len(self.offset), self.shard[0], self.status == READ
-        if not all(isinstance(text, str) for text in [self.damage, *self.endings]):
+        texts = [self.damage, *self.endings] if isinstance(self.endings, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
             return False
+        start, stop = self.offset[read], (self.offset + self.size)[read]
         allowed = np.array([ending.rpartition(".")[2] in ENDINGS for ending in self.endings], bool)
         return bool(
             n >= 0 and len(self.key_stop) == n + 1 and len(self.header) % 2 == 0
@@ -137,6 +144,7 @@ class Index:
             and self.key_stop[0] == 0 and self.key_stop[-1] == len(self.keys) and (np.diff(self.key_stop) >= 0).all()
             and (self.offset >= 0).all() and (self.offset <= total).all()
             and (self.size >= 0).all() and (self.size <= total - self.offset).all()
+            and (start[1:] >= stop[:-1]).all()  # one after the other: few bytes cannot make a large sample
             and (self.status < len(REASONS)).all() and (self.ending < len(allowed)).all()
             and allowed[self.ending[read]].all()
         )
@@ -196,17 +204,19 @@ def _open(path):
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
 
 
-def _index_of(path, file, must_save: bool) -> Index:
+def _index_of(path, file, must_save: bool, anew: bool = False) -> Index:
     """The saved index of an open shard, or a new one, saved."""
     stat = os.fstat(file.fileno())
-    before = Index.load(path, stat)
+    before = None if anew else Index.load(path, stat)
     if before is not None and before.shard[1] == stat.st_mtime_ns:
         return before
     index = _scan(path, file)
     if before is not None:
         index.remember(before)
     try:
-        write_atomic(index_path(path), index.to_bytes())
+        now = os.stat(path)
+        if os.path.samestat(now, stat) and now.st_mtime_ns == stat.st_mtime_ns:  # else it was replaced meanwhile
+            write_atomic(index_path(path), index.to_bytes())
     except OSError as error:
         if must_save:
             raise UserError(f"cannot write {index_path(path)}: {error.strerror}; make room, or the folder "
@@ -216,12 +226,12 @@ def _index_of(path, file, must_save: bool) -> Index:
     return index
 
 
-def build_index(path, must_save: bool = True) -> Index:
+def build_index(path, must_save: bool = True, anew: bool = False) -> Index:
     """The index of a shard, made and saved unless one that fits is there. A damaged shard has one too, up to the
     damage, which `Index.damage` tells. Raises UserError when the shard cannot be read, and when the index cannot be
-    written, unless `must_save` is False: then that is logged."""
+    written, unless `must_save` is False: then that is logged. anew: whatever is there, which is of another shard."""
     with _open(path) as file:
-        return _index_of(path, file, must_save)
+        return _index_of(path, file, must_save, anew)
 
 
 def build_indexes(paths: Iterable, workers: int = 1) -> dict[Path, str]:

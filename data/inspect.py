@@ -189,7 +189,8 @@ def _figure(small) -> str:
 CSS = """
 :root { color-scheme: light dark } * { box-sizing: border-box } h2 { margin: 2.6rem 0 .2rem; font-size: 1.2rem }
 body { margin: 0 auto; padding: 2rem 1.2rem; max-width: 76rem; font: 15px/1.5 system-ui, "Segoe UI", sans-serif }
-p, .soft { opacity: .65; font-size: .8rem } nav a { margin-right: 1rem } .number { text-align: right }
+p, .soft { opacity: .65; font-size: .8rem } nav a { margin-right: 1rem } th, .number { white-space: nowrap }
+.number { text-align: right }
 table { border-collapse: collapse; width: 100% } td, th { padding: .2rem .6rem; border-bottom: 1px solid #8884 }
 td, th, .card { overflow-wrap: anywhere; font-size: .86rem } th { text-align: left } audio { width: 100% }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: .9rem }
@@ -223,7 +224,7 @@ def _histogram(title: str, values: np.ndarray) -> str:
                    f'{100 * n / counts.max():.1f}%"></div></td></tr>' for i, n in enumerate(counts.tolist()))
     low, middle, high, top = np.quantile(values, (0, 0.5, 0.95, 1))
     return (f"<h3>{_t(title)}</h3><p>{len(values):,} values, of them {(values == 0).sum():,} zeros; smallest {low:g}, "
-            f"median {middle:g}, 95% up to {high:g}, largest {top:g}</p><table>{bars}</table>")
+            f"median {middle:.4g}, 95% up to {high:.4g}, largest {top:.4g}</p><table>{bars}</table>")
 
 
 def _use(found: Survey, tokenizers: Tokenizers | None) -> list[tuple]:
@@ -294,7 +295,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.out} exists already: choose another --out, or --overwrite")
     shards = [shard for path in args.shards for shard in list_sources(path)]
     tokenizers = Tokenizers.load(args.run / "tokenizers") if args.run else None
+    if args.out.is_dir():
+        raise UserError(f"{args.out} is a folder: name the page's file")
     found = survey(shards, tokenizers, args.samples, args.show)
+    if not found.counts["samples"] and found.bad:
+        raise UserError(f"nothing could be read, no page was written: {found.bad[0]}")
     write_atomic(args.out, page(found, tokenizers))
     print(f"{args.out}: {found.counts['samples']:,} samples of {len(found.shards)} shards, {len(found.bad):,} bad "
           f"ones left out, {sum(map(len, found.samples.values())) - len(found.samples):,} exact duplicates")

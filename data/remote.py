@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
@@ -117,11 +117,15 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"cannot make the folder {self.folder} for shards: {error.strerror}; choose another by "
                             f"{VARIABLE}") from None
-        with locked(shard.with_name(f".{shard.name}.lock")):
+        with locked(_lock_of(shard)):
             try:  # it was asked for now; its other time is the one that its index knows
-                os.utime(shard, ns=(time.time_ns(), shard.stat().st_mtime_ns))
+                with suppress(PermissionError):  # another user's copy
+                    os.utime(shard, ns=(time.time_ns(), shard.stat().st_mtime_ns))
             except FileNotFoundError:
                 self._copy(source, shard)
+            else:
+                if build_index(shard).damage:  # a download that was cut, perhaps: once more
+                    self._copy(source, shard)
             build_index(shard)
         return shard
 
@@ -162,9 +166,11 @@ class ShardCache:
         for asked, size, shard in sorted(found):
             if total + needed <= self.max_bytes or time.time_ns() - asked < self.keep_seconds * 1e9:
                 break
-            shard.unlink(missing_ok=True)
-            index_path(shard).unlink(missing_ok=True)
-            total -= size
+            with suppress(BlockingIOError), locked(_lock_of(shard), wait=False):  # else somebody is asking for it
+                if shard.exists() and shard.stat().st_atime_ns == asked:
+                    shard.unlink()
+                    index_path(shard).unlink(missing_ok=True)
+                    total -= size
 
 
 def default_cache() -> ShardCache:
@@ -184,6 +190,10 @@ def local_name(source) -> str:
     return _stem(shown(source).rpartition("/")[2]) + ".tar"
 
 
+def _lock_of(shard: Path) -> Path:
+    return shard.with_name(f".{shard.name}.lock")
+
+
 def _stem(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
@@ -196,7 +206,9 @@ def _failing(source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".replace(source, shown(source))
+        what = re.sub(r"\?[^\s'\")]*|(?<=//)[^/\s]*@", "", f"{type(error).__name__}: {error}")  # libraries show secrets
+        if not is_remote(source):
+            raise UserError(f"cannot decompress {source} ({what}): damaged or cut short; fetch it again") from None
         raise UserError(f"cannot fetch {shown(source)} ({what}); check the address, your access and the disk") from None
 
 

@@ -26,6 +26,7 @@ from onevocab.common.errors import UserError
 
 ENDINGS = frozenset(("json", "txt", "jpg", "jpeg", "png", "webp", "flac", "wav", "npy"))
 MAX_MEMBER, MAX_NAME = 256 << 20, 4096  # bytes; characters of a member's name
+MAX_EXTENSION = 64 << 10  # bytes of a header that extends the next one
 HEADER_KEY, HEADER = "__header__/tokenizers", "__header__/tokenizers.json"
 CODE_TYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
@@ -73,6 +74,24 @@ class Damaged(Exception):
     """What is wrong with a tar, and where."""
 
 
+class _Member(tarfile.TarInfo):
+    """A header that is not believed: those that extend the next one (long names, PAX) are bounded before they are read,
+    since tarfile takes any length, and before Python 3.11.10 a time that grows with the square of one."""
+
+    EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                  tarfile.SOLARIS_XHDTYPE)
+
+    def _proc_member(self, tar):
+        if self.type in self.EXTENSIONS:
+            if self.size > MAX_EXTENSION:
+                raise Damaged(f"an extension header of {self.size:,} bytes")
+            text = tar.fileobj.read(self.size)
+            if re.search(rb"\d{200}", text):
+                raise Damaged("an extension header full of digits")
+            tar.fileobj.seek(self.offset + tarfile.BLOCKSIZE)
+        return super()._proc_member(tar)
+
+
 class Entry(NamedTuple):
     """A member that counts: offset and size of its content in bytes; refused: why it may not be read, or ""."""
 
@@ -90,7 +109,7 @@ def entries(file) -> Iterator[Entry]:
     """
     total = os.fstat(file.fileno()).st_size
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Member)
         reached = -1
         while (info := tar.next()) is not None:
             tar.members.clear()  # tarfile would keep every header of the shard
@@ -115,7 +134,7 @@ def entries(file) -> Iterator[Entry]:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end marker at byte {tar.offset:,}")
-    except (tarfile.TarError, UnicodeError, ValueError, OverflowError, MemoryError, OSError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, OSError) as error:
         raise Damaged(str(error)) from None
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import locked, write_atomic
 from onevocab.common.processes import run_processes
 from onevocab.data.documents import BadSample, BadSamples, document_of
-from onevocab.data.index import read_indexed
+from onevocab.data.index import CHANGED, IndexedShard
 from onevocab.data.remote import default_cache, is_remote, local_name, shown
 from onevocab.data.shards import Sample, read_header
 from onevocab.tokenizers.bundle import Tokenizers
@@ -43,7 +44,7 @@ class ShardDocuments:
     0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens a
     dropped caption takes away; TEXT_ONLY, whether it is a plain text. A bad sample is a document of length 0. bad:
     [key, reason] of these, in order; modality_counts: tokens of each of the vocabulary's modalities; crc: of tokens
-    and about.
+    and about; doubtful: the shard is damaged, which may be mended without its size and time changing.
     """
 
     tokens: np.ndarray
@@ -51,6 +52,7 @@ class ShardDocuments:
     about: np.ndarray
     bad: list[list[str]]
     modality_counts: list[int]
+    doubtful: bool = False
 
     @property
     def crc(self) -> int:
@@ -106,23 +108,26 @@ def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
     """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
     cannot be read, and for damaged codes: they can be made again."""
     path = default_cache().fetch(shard)
-    samples = read_indexed(path, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(path) is None,
+    samples = IndexedShard(path, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(path) is None,
                            name=shown(shard))
     encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))
     tokens, flags, about, bad = [np.empty(0, np.int32)], [np.empty(0, np.uint8)], [], []
-    for sample in samples:
-        try:
-            one = encode_sample(sample, tokenizers, encode_text)
-        except BadSample as error:
-            bad.append([error.key, error.reason])
-            one = np.empty(0, np.int32), np.empty(0, np.uint8), (0,) * len(COLUMNS)
-        tokens.append(one[0])
-        flags.append(one[1])
-        about.append(one[2])
+    with samples:
+        doubtful = bool(samples.index.damage)
+        for sample in samples:
+            doubtful |= CHANGED in sample.refused.values()
+            try:
+                one = encode_sample(sample, tokenizers, encode_text)
+            except BadSample as error:
+                bad.append([error.key, error.reason])
+                one = np.empty(0, np.int32), np.empty(0, np.uint8), (0,) * len(COLUMNS)
+            tokens.append(one[0])
+            flags.append(one[1])
+            about.append(one[2])
     joined, vocab = np.concatenate(tokens), tokenizers.vocab
     table = np.array(about, np.int32).reshape(-1, len(COLUMNS))
     counts = np.bincount(vocab.modality_of(joined), minlength=len(vocab.modalities)).tolist()
-    return ShardDocuments(joined, np.concatenate(flags), table, bad, counts)
+    return ShardDocuments(joined, np.concatenate(flags), table, bad, counts, doubtful)
 
 
 # ------------------------------------------------------------------------------------------------ kept files
@@ -147,9 +152,16 @@ class _Kept:
         self.about = file.get_tensor("about")
         said = json.loads(said["said"])
         self.bad, self.crc, self.modality_counts = said["bad"], said["crc"], said["modality_counts"]
-        total = int(self.about[:, LENGTH].sum())
-        if not self.tokens.get_shape() == self.flags.get_shape() == [total]:
+        if self.about.dtype != np.int32 or self.about.ndim != 2 or self.about.shape[1] != len(COLUMNS):
+            raise ValueError("its table has another form")
+        length, split = self.about[:, LENGTH].astype(np.int64), self.about[:, SPLIT]
+        if (length < 0).any() or (split < 0).any() or (split > length).any() or not all(
+                part.get_shape() == [int(length.sum())] for part in (self.tokens, self.flags)):
             raise ValueError("its numbers do not fit each other")
+        if (self.tokens.get_dtype(), self.flags.get_dtype()) != ("I32", "U8"):
+            raise ValueError("its tokens are of another type")
+        if not all(isinstance(key, str) and isinstance(reason, str) for key, reason in self.bad):
+            raise ValueError("its list of bad samples is broken")
 
 
 def kept_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
@@ -186,10 +198,12 @@ def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocument
             found = load()  # another process may have made it meanwhile
             if not found:
                 found = encode_shard(shard, tokenizers)
+                if found.doubtful:
+                    return found
                 write_atomic(path, to_bytes(found, identity))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         log.warning("cannot keep documents in %s (%s): they stay in memory, and every process makes its own", folder,
-                    error.strerror or error)
+                    getattr(error, "strerror", None) or error)
         return found or encode_shard(shard, tokenizers)
     return load() or found
 
@@ -215,6 +229,10 @@ class DocumentStore:
         """Encodes what is not kept yet by `workers` processes; ranks that do so at the same time share the work."""
         if not self.folder:
             return
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            return  # nothing can be kept; `add` says so
         missing = [shard for shard in shards if not kept_path(shard, self.tokenizers, self.folder)[0].exists()]
         shift = rank * 7919 % max(len(missing), 1)  # so that ranks begin at different shards
         missing = missing[shift:] + missing[:shift]

@@ -8,8 +8,11 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 from onevocab.common.errors import UserError, cli
-from onevocab.data.codes import tokenize_in_processes, tokenize_shards
+from onevocab.common.processes import rank_and_world
+from onevocab.data.codes import check_all, tokenize_in_processes, tokenize_shards
 from onevocab.data.remote import list_sources
 from onevocab.tokenizers.bundle import Tokenizers
 
@@ -21,25 +24,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("shards", help="a shard, a folder of them, a glob, or an address (https://, s3://, ...)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards of codes")
     parser.add_argument("--batch", type=int, default=64, help="media encoded at once")
-    parser.add_argument("--device", default="cpu", help="where the tokenizers run (cpu, cuda)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tokenizers run")
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine, when not under torchrun")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, help="more bad samples than this stop it")
     parser.add_argument("--overwrite", action="store_true", help="replace codes of other tokenizers or other shards")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         raise UserError(f"no run folder at {args.run}: train one with `torchrun train.py configs/demo.toml`")
-    shards = list_sources(args.shards)
+    if args.batch < 1 or args.processes < 1 or not 0 <= args.max_bad_fraction <= 1:
+        raise UserError("--batch and --processes are numbers from 1 on, --max-bad-fraction one from 0 to 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; leave it out, or install a CUDA build of torch")
+    shards, (rank, world) = list_sources(args.shards), rank_and_world()
     options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction, "overwrite": args.overwrite}
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world == 1 and args.processes > 1 and args.device == "cpu":
-        tokenize_in_processes(shards, args.out, args.run / "tokenizers", args.processes, **options)
-        print(f"codes of {len(shards)} shards are in {args.out}")
+        samples, bad = tokenize_in_processes(shards, args.out, args.run / "tokenizers", args.processes, **options)
+        print(f"codes of {len(shards)} shards are in {args.out}: {samples - bad:,} samples, {bad:,} bad ones left out")
         return
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     tokenizers = Tokenizers.load(args.run / "tokenizers", device)
     stats = tokenize_shards(shards, args.out, tokenizers, rank, world, **options)
     print(f"rank {rank}: {stats.samples} samples, {stats.media} pictures and sounds into {stats.shards} shards in "
           f"{args.out}; {stats.skipped} shards were there already, {stats.bad} bad samples left out")
+    if world > 1 and (found := check_all(shards, args.out, args.max_bad_fraction)):
+        print(f"all ranks: {found[0] - found[1]:,} samples, {found[1]:,} bad ones left out")
 
 
 if __name__ == "__main__":

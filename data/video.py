@@ -83,8 +83,7 @@ def moments(path, rate: float = 1.0, max_frames: int = 32, max_side: int = 512, 
             head = file.read(16)
             file.seek(0)
             if subtitles is None:
-                beside = (path.with_suffix(ending) for ending in (".srt", ".vtt"))
-                subtitles = next((name for name in beside if name.is_file() and not name.is_symlink()), False)
+                subtitles = subtitles_beside(path)
             cues = read_subtitles(subtitles) if subtitles else []
             if head.startswith((b"GIF87a", b"GIF89a", b"\x89PNG\r\n\x1a\n")) or head[:4] + head[8:12] == b"RIFFWEBP":
                 end = _read_animation(path, file, frames, max_seconds)
@@ -104,6 +103,12 @@ def moments(path, rate: float = 1.0, max_frames: int = 32, max_side: int = 512, 
     found += [Moment(start + first / RATE, (samples[first : first + piece], RATE))
               for first in range(0, len(samples), piece) if len(samples) - first >= SHORTEST_PIECE * RATE]
     return sorted(found, key=lambda moment: _tenths(moment.seconds))
+
+
+def subtitles_beside(path: Path) -> Path | None:
+    """The .srt or .vtt file of the video's name."""
+    beside = (path.with_suffix(ending) for ending in (".srt", ".vtt"))
+    return next((name for name in beside if name.is_file() and not name.is_symlink()), None)
 
 
 def timestamp(seconds: float) -> str:

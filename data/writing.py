@@ -1,19 +1,18 @@
 """Writes shards: whole or absent, the same bytes for the same samples, each with an index of what was written."""
 
-import fcntl
 import glob
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 import webdataset
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import claim_file
 from onevocab.data.index import build_index, index_path
-from onevocab.data.shards import ENDINGS, HEADER_KEY, is_meta, split_name, unsafe_name
+from onevocab.data.shards import ENDINGS, HEADER_KEY, MAX_NAME, is_meta, split_name, unsafe_name
 
 
 class ShardFile:
@@ -30,7 +29,7 @@ class ShardFile:
         self._aside = self.path.with_name(f".{self.path.name}.part")
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _claimed(self._aside)
+            self._file = claim_file(self._aside)
         if self._file is None:
             raise UserError(f"another process is writing {self.path}: wait for it, or choose another folder")
         self._tar = webdataset.TarWriter(self._file, user="onevocab", group="onevocab", encoder=False, mtime=0)
@@ -52,8 +51,11 @@ class ShardFile:
         if split_name(key + ".x") != (key, "x") or is_meta(key) or unsafe_name(key) or key == self._before:
             raise ValueError(f"bad or repeated sample key {key!r}: no dots in its last part, not the one before")
         for ending in members:
-            if ending != ending.lower() or ending.rpartition(".")[2] not in ENDINGS or "/" in ending:
+            known = ending == ending.lower() and ending.rpartition(".")[2] in ENDINGS
+            if not known or "/" in ending or ending.startswith("_"):
                 raise ValueError(f"sample {key}: a member may not end in {ending!r}; use {sorted(ENDINGS)}")
+            if len(key) + 1 + len(ending) > MAX_NAME:
+                raise ValueError(f"sample {key[:100]}...: a name of more than {MAX_NAME:,} characters")
         with self._writing():
             self._tar.write({"__key__": key, **members})
         self._before = key
@@ -72,37 +74,23 @@ class ShardFile:
         except BaseException:
             self.discard()
             raise
-        build_index(self.path, must_save=False)
+        build_index(self.path, must_save=False, anew=True)
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        for close in (self._tar.close, self._file.close):
-            with suppress(OSError, ValueError):  # the disk is full, or it is closed already
-                close()
-        self._aside.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):  # the disk is full, or it is closed already
+            self._tar.close()
+        with suppress(OSError, ValueError):  # only while we hold its lock it is ours to remove
+            if os.path.samestat(os.stat(self._aside), os.fstat(self._file.fileno())):
+                self._aside.unlink()
+        with suppress(OSError, ValueError):
+            self._file.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         self.discard() if kind else self.close()
-
-
-def _claimed(path: Path) -> BinaryIO | None:
-    """The empty file `path`, open for writing and locked, or None while another process has it. The lock goes with its
-    process, however that ends."""
-    while True:
-        file = open(path, "ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                file.truncate(0)
-                return file
-        file.close()  # whoever had it has just renamed it
 
 
 class ShardWriter:

@@ -13,15 +13,19 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from samples import as_json, audio, flac, image, png, text, write_tar
 
-from onevocab.data.codes import tokenize_shards
+from onevocab.common.errors import UserError
+from onevocab.data import tokenize
+from onevocab.data.codes import check_all, tokenize_in_processes, tokenize_shards
+from onevocab.data.documents import BadSample
 from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards import list_shards, read_shard
 from onevocab.data.writing import ShardFile
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.media import encode_audio
+from onevocab.tokenizers.media import encode_audio, load_image
 
 PER_SHARD = 100
 CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=64)
@@ -169,3 +173,75 @@ def test_killed_at_twenty_moments_the_result_is_the_same_to_the_byte(tmp_path, t
 
 def contents_are_whole(folder, expected) -> bool:
     return all(path.read_bytes() == expected[path.name] for path in folder.glob("*.tar"))
+
+
+def bad_texts(folder, bad: int) -> None:
+    """Two shards of ten samples, of which `bad` in the first are no documents."""
+    for number in range(2):
+        with ShardFile(folder / f"{number}.tar") as shard:
+            for i in range(10):
+                broken = number == 0 and i < bad
+                shard.write(f"{i}", {"json": b"{"} if broken else {"txt": f"word {i}".encode()})
+
+
+def test_too_many_bad_samples_stay_too_many(tmp_path, tokenizers):
+    """Started again, by processes, and by ranks: the same verdict over all samples."""
+    tokenizers.save(tmp_path / "tokenizers")
+    bad_texts(tmp_path / "raw", 3)
+    shards = list_shards(tmp_path / "raw")
+    for _ in range(2):
+        with pytest.raises(UserError, match="3 of 20 samples are bad"):
+            tokenize_shards(shards, tmp_path / "a", tokenizers, progress=False)
+    with pytest.raises(UserError, match="3 of 20 samples are bad"):
+        tokenize_in_processes(shards, tmp_path / "b", tmp_path / "tokenizers", 2, progress=False)
+    tokenize_shards(shards, tmp_path / "c", tokenizers, 0, 2, progress=False)
+    assert check_all(shards, tmp_path / "c", 0.01) is None  # the other rank has not ended
+    tokenize_shards(shards, tmp_path / "c", tokenizers, 1, 2, progress=False)
+    with pytest.raises(UserError, match="3 of 20"):
+        check_all(shards, tmp_path / "c", 0.01)
+    assert check_all(shards, tmp_path / "c", 0.2) == (20, 3)
+
+
+def test_damaged_codes_are_made_again_and_foreign_ones_are_refused(tmp_path, tokenizers, caplog):
+    bad_texts(tmp_path / "raw", 0)
+    shards = list_shards(tmp_path / "raw")
+    tokenize_shards(shards, tmp_path / "out", tokenizers, progress=False)
+    whole = (tmp_path / "out" / "1.tar").read_bytes()
+    for damaged in (whole[:3000], b"", whole.replace(b"word 7", b"work 7")):
+        (tmp_path / "out" / "1.tar").write_bytes(damaged)
+        stats = tokenize_shards(shards, tmp_path / "out", tokenizers, progress=False)
+        assert (stats.shards, stats.skipped) == (1, 1) and "made again" in caplog.text
+        assert (tmp_path / "out" / "1.tar").read_bytes() == whole
+    with ShardFile(tmp_path / "other" / "a.tar", {"tokenizers": "deadbeef", "source": ""}) as shard:
+        shard.write("0", {"txt": b"word"})
+    with pytest.raises(UserError, match="holds codes of other tokenizers"):
+        tokenize_shards(tmp_path / "other", tmp_path / "out2", tokenizers, progress=False)
+
+
+@pytest.mark.parametrize("words,environment,message", [
+    (["--max-bad-fraction", "7"], {}, "from 0 to 1"), (["--batch", "-3"], {}, "from 1 on"),
+    ([], {"RANK": "abc"}, "RANK is 'abc'"), ([], {"RANK": "2", "WORLD_SIZE": "2"}, "ranks count from 0"),
+    (["--device", "cuda"], {}, "torch sees no GPU here"),
+])
+def test_tokenize_refuses_what_cannot_be(tmp_path, tokenizers, words, environment, message, capsys, monkeypatch):
+    tokenizers.save(tmp_path / "run" / "tokenizers")
+    bad_texts(tmp_path / "raw", 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        tokenize.main([str(tmp_path / "run"), str(tmp_path / "raw"), "--out", str(tmp_path / "out"), *words])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_messages_obey_nobody():
+    error = BadSample("\x1b[31mred\nerror: fake", "a.tar", "\x07")
+    assert str(error) == r"a.tar: sample \x1b[31mred\nerror: fake: \x07"
+
+
+def test_sixteen_bits_a_pixel_are_brought_to_eight():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(ramp, (4, 1))).save(buffer, "PNG")
+    read = np.asarray(load_image(buffer.getvalue()))
+    assert read.shape == (4, 64, 3) and (read[0, :, 0] == ramp >> 8).all()

@@ -13,6 +13,7 @@ import pytest
 from samples import raw_samples, write_tar
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import locked
 from onevocab.data import remote
 from onevocab.data.index import IndexedShard, index_path
 from onevocab.data.remote import ShardCache, list_sources, shown
@@ -63,8 +64,8 @@ def test_compressed_shards_are_the_same_samples(shard, tmp_path, monkeypatch):
 def test_what_cannot_be_copied_leaves_nothing(shard, tmp_path, monkeypatch):
     cache, packed = ShardCache(tmp_path / "cache", max_bytes=1 << 20), gzip.compress(shard.read_bytes())
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    for name, content, reason in [("cut.tar.gz", packed[:-20], "cannot fetch .*cut.tar.gz .EOFError"),
-                                  ("bad.tar.gz", packed[:60] + b"x" * 99, "cannot fetch .*bad.tar.gz"),
+    for name, content, reason in [("cut.tar.gz", packed[:-20], "cannot decompress .*cut.tar.gz .EOFError.*cut short"),
+                                  ("bad.tar.gz", packed[:60] + b"x" * 99, "cannot decompress .*bad.tar.gz"),
                                   ("bomb.tar.gz", gzip.compress(bytes(1 << 22)), "larger than the 1,048,576 bytes"),
                                   ("a.tar.zst", remote.ZSTD, "pip install zstandard")]:
         (tmp_path / name).write_bytes(content)
@@ -131,12 +132,39 @@ def test_remote_shards(shard, tmp_path, monkeypatch):
         list_sources("memory://other/*.tar")
 
 
+def test_a_download_that_was_cut_is_fetched_again(shard, tmp_path, monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setitem(remote.PROTOCOLS, "memory", "fsspec")
+    storage, cache = fsspec.filesystem("memory"), ShardCache(tmp_path / "cache")
+    whole = shard.read_bytes()
+    storage.pipe_file("/cut/a.tar", whole[: len(whole) // 2])
+    cut = cache.fetch("memory://cut/a.tar").stat().st_size
+    storage.pipe_file("/cut/a.tar", whole)
+    assert cache.fetch("memory://cut/a.tar").stat().st_size == len(whole) > cut
+    with cache.open("memory://cut/a.tar") as samples:
+        assert plain(samples) == list(raw_samples(6))
+
+
+def test_what_is_being_asked_for_does_not_go(tmp_path):
+    sources = [tmp_path / f"{name}.tar.gz" for name in "ab"]
+    for source in sources:
+        whole = write_tar(tmp_path / "whole.tar", [("a.txt", source.name[:1].encode() * 3000)]).read_bytes()
+        source.write_bytes(gzip.compress(whole))
+    cache = ShardCache(tmp_path / "cache", max_bytes=len(whole), keep_seconds=0)
+    first = cache.fetch(sources[0])
+    with locked(first.with_name(f".{first.name}.lock")):  # somebody is within `fetch`
+        cache.fetch(sources[1])
+    assert first.exists()
+
+
 def test_failures_of_storage_name_the_source_and_no_secret(shard, tmp_path, monkeypatch):
     cache, source = ShardCache(tmp_path / "cache"), "https://me:word@host/a.tar?sign=secret"
     assert shown(source) == "https://host/a.tar" and shown("/a?b@c") == "/a?b@c"
     short = type("Short", (io.BytesIO,), {"size": 99_999})(shard.read_bytes())
     for opened, reason in [(Mock(return_value=short), "of 99,999 bytes of https://host/a.tar came; try again"),
-                           (Mock(side_effect=RuntimeError(f"no {source}")), "a.tar .RuntimeError: no https:")]:
+                           (Mock(side_effect=RuntimeError(f"no {source}")), "a.tar .RuntimeError: no https:"),
+                           (Mock(side_effect=RuntimeError("403, url='https://me:word@host/a.tar?sign=secret/x'")),
+                            "403, url='https://host/a.tar'")]:
         with monkeypatch.context() as patch, pytest.raises(UserError, match=reason) as error:
             patch.setattr(remote, "_open", opened)
             cache.fetch(source)

@@ -39,7 +39,7 @@ def refuse(*_, **__):
 def test_same_batches_and_no_second_reading(codes, tokenizers, tmp_path, monkeypatch):
     plain = PackedLoader(codes, tokenizers, CONFIG)
     kept = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
-    monkeypatch.setattr(stores, "read_indexed", refuse)
+    monkeypatch.setattr(stores, "IndexedShard", refuse)
     again = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
     assert plain.fingerprint == kept.fingerprint == again.fingerprint
     assert plain.summary() == again.summary()

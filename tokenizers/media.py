@@ -62,7 +62,9 @@ def load_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparency laid over white."""
+    """RGB, transparency laid over white, 16 bits a pixel brought to 8 (Pillow would cut them off at 255)."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -5,10 +5,10 @@ Under torchrun each rank converts its own parts of the input. Prints what was ke
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from onevocab.common.errors import UserError, cli
+from onevocab.common.errors import cli
+from onevocab.common.processes import rank_and_world
 from onevocab.data.convert.formats import FORMATS
 from onevocab.data.convert.options import OPTIONS, positive
 from onevocab.data.convert.writing import convert
@@ -30,19 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(variable: str, default: int) -> int:
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal():
-        raise UserError(f"the environment's {variable} is {value!r}, not a number; start with torchrun, or unset it")
-    return int(value)
-
-
 @cli
 def main(argv: list[str] | None = None) -> None:
     args = vars(_parser().parse_args(argv))
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if rank >= world:
-        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: set both, or neither")
+    rank, world = rank_and_world()
     report = convert(args.pop("format"), args.pop("input"), args.pop("out"), rank, world, **args)
     for line in report.lines():
         print(line if world == 1 else f"rank {rank}: {line}")

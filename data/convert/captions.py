@@ -7,14 +7,15 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.media import MediaFolder, is_medium, suffix_of
+from onevocab.data.convert.media import VIDEO_SUFFIXES, MediaFolder, is_medium, suffix_of
 from onevocab.data.convert.samples import Dropped, Format, Row, field_of, list_of, pairs
 
 FILES = ("file_name", "file", "filename", "path", "filepath", "image", "image_path", "audio", "audio_path", "video")
-CAPTIONS = ("caption", "captions", "text", "sentence", "description")
+CAPTIONS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
 MAX_SIDECAR = 1 << 20  # bytes
 _NUMBERED = re.compile(r"caption_?(\d+)")
 
@@ -34,7 +35,24 @@ def _units(options) -> list[Path]:
     if options.source.is_file():
         return tables.files_of(options.source)
     described = sorted(path for path in options.source.rglob("metadata.*") if tables.kind_of(path) in tables.TABLES)
-    return described or [options.source]
+    return [path for path in described if _names_files(path, options)] or [options.source]
+
+
+def _names_files(path: Path, options) -> bool:
+    """Whether a `metadata.*` is a table of files: others are about something else."""
+    for _, record in islice(_records(path), 1):
+        return isinstance(record, dict) and field_of(record, options.map.get("file", FILES[0]), *FILES) is not None
+    return False
+
+
+def _records(unit: Path) -> Iterator[Row]:
+    """A table's records; an object of file: caption as well."""
+    if tables.kind_of(unit) == ".json" and tables.listed(listed := tables.document(unit)) is None and isinstance(
+            listed, dict):
+        for number, (file, caption) in enumerate(listed.items()):
+            yield f"{unit.name}#{number}", {"file": file, "caption": caption}
+        return
+    yield from tables.rows(unit)
 
 
 def _rows(options, unit: Path) -> Iterator[Row]:
@@ -43,20 +61,19 @@ def _rows(options, unit: Path) -> Iterator[Row]:
         yield from _walk(unit)
         return
     folder = unit.parent if options.source.is_dir() else options.media.root
-    if tables.kind_of(unit) == ".json" and isinstance(listed := tables.document(unit), dict):
-        for number, (file, caption) in enumerate(listed.items()):
-            yield f"{unit.name}#{number}", (folder, {"file": file, "caption": caption})
-        return
-    for name, record in tables.rows(unit):
+    for name, record in _records(unit):
         yield name, record if isinstance(record, Dropped) else (folder, record)
 
 
 def _walk(folder: Path) -> Iterator[Row]:
     for here, folders, names in os.walk(folder):
         folders.sort()
+        videos = {Path(name).stem for name in names if suffix_of(name) in VIDEO_SUFFIXES}
         for name in sorted(names):
             place = Path(here, name).relative_to(folder).as_posix()
-            if not name.startswith(".") and suffix_of(name) not in (".txt", ".json"):
+            used = suffix_of(name) in (".txt", ".json") or (
+                suffix_of(name) in (".srt", ".vtt") and Path(name).stem in videos)
+            if not name.startswith(".") and not used:
                 yield place, (folder, place) if is_medium(name) else Dropped("unknown ending", place)
 
 
@@ -95,8 +112,11 @@ def _beside(media: MediaFolder, place: str) -> list:
         if len(content) > MAX_SIDECAR:
             raise Dropped("too large", f"{stem}{ending} has more than {MAX_SIDECAR:,} bytes")
         if ending == ".txt":
-            text = content.decode("utf-8-sig", "surrogateescape")
-            return [line for line in text.splitlines() if line.strip()]
+            try:
+                text = content.decode("utf-8-sig")
+            except UnicodeError as error:
+                raise Dropped("bad text", f"{stem}{ending} is not UTF-8 ({error}): save it as UTF-8") from None
+            return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
         value = tables.record_of(content)
         if isinstance(value, Dropped):
             raise value

@@ -39,9 +39,10 @@ def _by_image(path: Path) -> Iterator[tuple[str, dict, list[dict]]]:
         yield f"{path.name}#{number}", {}, annotations
 
 
-def _file(image: dict) -> str:
-    """LVIS names pictures by their URL alone."""
-    return text_of(image.get("file_name")) or text_of(image.get("coco_url"))
+def _files(image: dict) -> list[str]:
+    """Where the picture may lie. LVIS names it by its URL alone, the file's name is unique in COCO."""
+    file, url = text_of(image.get("file_name")), text_of(image.get("coco_url"))
+    return [file] if file else [url, url.rpartition("/")[2]] if url else []
 
 
 # ------------------------------------------------------------------------------------------------ captions
@@ -50,18 +51,18 @@ def _file(image: dict) -> str:
 def _caption_rows(options, unit: Path) -> Iterator[Row]:
     for name, image, annotations in _by_image(unit):
         said = [annotation.get("caption") for annotation in annotations]
-        yield name, (_file(image), said) if _file(image) else Dropped("bad record", "no file_name")
+        yield name, (_files(image), said) if _files(image) else Dropped("bad record", "no file_name")
 
 
 def _captions(options, name: str, row) -> Iterator[Draft | Dropped]:
-    file, captions = row
-    return pairs(lambda: options.media.take(file), captions, options.captions)
+    files, captions = row
+    return pairs(lambda: options.media.parts(*files), captions, options.captions)
 
 
 # ------------------------------------------------------------------------------------------------ boxes
 
 
-def to_box(bbox, width: int, height: int) -> tuple[int, int, int, int] | None:
+def to_box(bbox, width: float, height: float) -> tuple[int, int, int, int] | None:
     """[x, y, w, h] in pixels -> x0, y0, x1, y1 in 0..99; None for what is no box, or lies outside of the picture."""
     if not isinstance(bbox, list) or len(bbox) != 4:
         return None
@@ -75,14 +76,21 @@ def to_box(bbox, width: int, height: int) -> tuple[int, int, int, int] | None:
     return tuple(min(99, int(edge * 100 / side)) for edge, side in zip((x0, y0, x1, y1), sides, strict=True))
 
 
+def _box_units(options) -> list[Path]:
+    """Of a folder without `person_keypoints_*`, which repeat the boxes of `instances_*`."""
+    found = tables.files_of(options.source, (".json",))
+    return [path for path in found if path == options.source or not path.name.startswith("person_keypoints")]
+
+
 def _box_rows(options, unit: Path) -> Iterator[Row]:
     """Records are (entry of `images`, [(name of the kind, bbox, whether the picture has more of it than boxes)])."""
-    names = {id_of(category, "id"): text_of(category.get("name")) for category in tables.objects(unit, "categories")}
+    names = {id_of(category, "id"): text_of(category.get("name")).replace("_", " ")  # LVIS: fire_hydrant
+             for category in tables.objects(unit, "categories")}
     for name, image, annotations in _by_image(unit):
         more = list_of(image.get("not_exhaustive_category_ids"))  # LVIS
         boxes = [(names.get(id_of(a, "category_id"), ""), a.get("bbox"),
                   bool(a.get("iscrowd")) or a.get("category_id") in more) for a in annotations]
-        if not _file(image):
+        if not _files(image):
             yield name, Dropped("bad record", "no file_name")
         else:
             yield name, (image, boxes) if boxes else Dropped("no boxes")
@@ -91,7 +99,7 @@ def _box_rows(options, unit: Path) -> Iterator[Row]:
 def _boxes(options, name: str, row) -> Iterator[Draft | Dropped]:
     image, annotations = row
     width, height = image.get("width"), image.get("height")
-    if not all(type(side) is int and 0 < side < 1e9 for side in (width, height)):
+    if not all(type(side) in (int, float) and 0 < side < 1e9 for side in (width, height)):
         raise Dropped("bad record", "no width and height")
     found: dict[str, list] = {}
     for kind, bbox, more in annotations:
@@ -107,12 +115,12 @@ def _boxes(options, name: str, row) -> Iterator[Draft | Dropped]:
         asked.append((ask.format(name=kind), said))
     if not asked:
         raise left_out[0]
-    return exchanges(options.media.take(_file(image)), asked, options.turns, left_out=left_out)
+    return exchanges(options.media.parts(*_files(image)), asked, options.turns, left_out=left_out)
 
 
 FORMATS = {
     "coco-captions": Format("JSON of images and annotations with captions", tables.units_of(".json"), _caption_rows,
                             _captions, ("media", "captions")),
     "coco-boxes": Format("JSON of images, categories and annotations with boxes (LVIS too): questions where things are",
-                         tables.units_of(".json"), _box_rows, _boxes, ("media", "turns")),
+                         _box_units, _box_rows, _boxes, ("media", "turns")),
 }

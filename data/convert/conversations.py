@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
-from onevocab.data.convert.media import check, from_base64
+from onevocab.data.convert.media import check, from_base64, suffix_of
 from onevocab.data.convert.samples import (
     Draft,
     Dropped,
@@ -19,6 +19,7 @@ from onevocab.data.convert.samples import (
     Row,
     exchanges,
     field_of,
+    files_in,
     fill,
     id_of,
     list_of,
@@ -32,39 +33,49 @@ SHORT = "Answer with a word, a number or a short phrase."
 def conversation(messages, media: dict[str, list[list[Part]]]) -> list[tuple[str, list[Part]]]:
     """[{from, value}] or [{role, content}] -> turns; `<image>` in a text is where the next picture stands.
 
-    media: by kind (image, audio, video), the parts of each file. What no text asks for comes before the first question.
-    What is said before the first question, and questions that nobody answers, are left out. Raises Dropped on an empty
-    question or answer, on a place without a medium, and where no answer is left.
+    media: by kind (image, audio, video), the parts of each file. What no text asks for comes after the last one that a
+    text does ask for, else before the first question. `<image>` is also the place of a video if there are no pictures
+    (LLaVA-Video); where there are no media at all, it is a text like any other unless it has a line of its own. What is
+    said before the first question, and questions that nobody answers at the end, are left out, but not the media in the
+    former. Raises Dropped on an empty question or answer, on a place without a medium, and where no answer is left.
     """
     waiting = {"image": [], **{kind: list(files) for kind, files in media.items()}}
-    place = re.compile(rf"\s*<({'|'.join(waiting)})>\s*")
+    if not waiting["image"] and waiting.get("video"):
+        waiting["image"] = waiting["video"]
+    kinds = "|".join(waiting)
+    place = re.compile(rf"\s*<({kinds})>\s*" if any(waiting.values()) else rf"(?m)^[ \t]*<({kinds})>[ \t]*$")
     turns: list[tuple[str, list[Part]]] = []
+    first: list[Part] = []  # of the first question
+    last, end, asked = first, 0, False  # what no text asks for goes to last[end:end]
     for message in list_of(messages):
         role = ROLES.get(text_of(field_of(message, "from", "role")))
         if role is None:
             raise Dropped("bad record", f"a turn of {field_of(message, 'from', 'role')!r}")
-        parts: list[Part] = []
+        unasked = role == "assistant" and not asked
+        parts = first if not asked and role != "system" else []
         for i, piece in enumerate(place.split(_said(message, waiting.keys()))):
             if i % 2 == 0:
-                parts += [piece.strip()] if piece.strip() else []
+                parts += [piece.strip()] if piece.strip() and not unasked else []
             elif waiting[piece]:
                 parts += waiting[piece].pop(0)
+                last, end = parts, len(parts)
             else:
                 raise Dropped("missing media", f"more <{piece}> than files")
-        if role == "assistant" and not parts:
-            raise Dropped("empty answer")
-        if parts or role == "user":
+        if role == "user" or (parts and not unasked) or (role == "assistant" and asked):
             turns.append((role, parts))
-    while turns and turns[-1][0] != "assistant":
+        asked = asked or role == "user"
+    while turns and (turns[-1][0] != "assistant" or not turns[-1][1]):
         turns.pop()
-    first = next((i for i, (role, _) in enumerate(turns) if role == "user"), None)
-    if first is None:
+    if not turns:
         raise Dropped("empty answer", "no question that is answered")
-    turns = [turn for turn in turns[:first] if turn[0] == "system"] + turns[first:]
-    asked = next(parts for role, parts in turns if role == "user")
-    asked[:0] = [part for files in waiting.values() for parts in files for part in parts]
-    if not all(parts for _, parts in turns):
-        raise Dropped("empty question")
+    if waiting["image"] is waiting.get("video"):
+        del waiting["video"]
+    if all(parts is not last for _, parts in turns):  # it went with the end
+        last, end = first, 0
+    last[end:end] = [part for files in waiting.values() for parts in files for part in parts]
+    for role, parts in turns:
+        if not parts:
+            raise Dropped("empty answer" if role == "assistant" else "empty question")
     return turns
 
 
@@ -72,19 +83,19 @@ def _said(message, kinds) -> str:
     """A turn's text; parts ({type: text, text}, {type: image}) are written out, media as their places."""
     value = field_of(message, "value", "content")
     if not isinstance(value, list):
-        return text_of(value)
+        return text_of(value).replace("\r\n", "\n")
     said = []
     for part in value:
         kind = text_of(field_of(part, "type"))
         if kind != "text" and kind not in kinds:
             raise Dropped("bad record", f"a part of type {kind!r}")
         said.append(text_of(field_of(part, "text")) if kind == "text" else f"<{kind}>")
-    return "\n".join(said)
+    return "\n".join(said).replace("\r\n", "\n")
 
 
 def media_of(options, record, *kinds: str) -> dict[str, list[list[Part]]]:
     """The files of a record: under `image` or `images` and so on, one or a list of them. Raises Dropped."""
-    return {kind: [options.media.take(file) for file in list_of(field_of(record, kind, f"{kind}s")) if file]
+    return {kind: [options.media.take(file) for file in files_in(field_of(record, kind, f"{kind}s"))]
             for kind in kinds}
 
 
@@ -92,40 +103,40 @@ def media_of(options, record, *kinds: str) -> dict[str, list[list[Part]]]:
 
 
 def _llava(options, name: str, record) -> Iterator[Draft]:
-    said = field_of(record, "conversations", "messages")
+    said, media = field_of(record, "conversations", "messages"), {}
+    if said is None and field_of(record, "question", "answer") is not None:  # LRV, StableLLaVA
+        said = [{"from": "human", "value": field_of(record, "question")},
+                {"from": "gpt", "value": field_of(record, "answer")}]
+        if field_of(record, "image") is None and (number := text_of(field_of(record, "image_id"))):
+            media = {"image": [options.media.take(number if suffix_of(number) else f"{number}.jpg")]}
     if not isinstance(said, list):
         raise Dropped("bad record", "no list of conversations")
-    yield Draft(conversation(said, media_of(options, record, "image", "video")))
+    yield Draft(conversation(said, media or media_of(options, record, "image", "video")))
 
 
 # ------------------------------------------------------------------------------------------------ VQAv2
 
 
-def _answers_of(options, questions: Path) -> Path:
-    """`v2_OpenEnded_mscoco_train2014_questions.json` -> `v2_mscoco_train2014_annotations.json`"""
+def _answers_of(options, questions: Path) -> Path | None:
+    """`v2_OpenEnded_mscoco_train2014_questions.json` -> `v2_mscoco_train2014_annotations.json`, None if it is not
+    there, as for the questions of a test."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     path = options.annotations or questions.with_name(name)
-    if path == questions or not path.is_file():
-        raise UserError(f"no answers to {questions} at {path}: give their file by --annotations")
-    return path
+    return path if path != questions and path.is_file() else None
 
 
 def _vqa_units(options) -> list[Path]:
     found = tables.files_of(options.source, (".json",), "*questions*")
-    for path in found:
-        _answers_of(options, path)
+    if not any(_answers_of(options, path) for path in found):
+        raise UserError(f"no answers to {found[0]}: give their file by --annotations")
     return found
 
 
 def common_answer(annotation: dict) -> str:
-    """What most of the ten said; among as many, what the set calls `multiple_choice_answer`, then the first."""
+    """What the set calls `multiple_choice_answer`, else what most of the ten said; among as many, the first."""
     said = Counter(filter(None, (text_of(answer.get("answer")) for answer in list_of(annotation.get("answers"))
                                  if isinstance(answer, dict))))
-    chosen = text_of(annotation.get("multiple_choice_answer"))
-    most = max(said.values(), default=0)
-    if not said or said[chosen] == most:
-        return chosen
-    return next(answer for answer, count in said.items() if count == most)
+    return text_of(annotation.get("multiple_choice_answer")) or next((answer for answer, _ in said.most_common(1)), "")
 
 
 def _ask(asked: dict, about, question: str, answer: str) -> None:
@@ -140,10 +151,12 @@ def _ask(asked: dict, about, question: str, answer: str) -> None:
 
 def _vqa_rows(options, unit: Path) -> Iterator[Row]:
     """Records are ({image_id, split}, [(question, answer)]): all about one picture."""
+    if not (stored := _answers_of(options, unit)):
+        raise Dropped("missing answers", f"no annotations to {unit.name}")
     whole = tables.document(unit)
     split = re.search(r"(train|val|test)\d{4}", f"{text_of(field_of(whole, 'data_subtype'))} {unit.name}")
     answers = {id_of(annotation, "question_id"): common_answer(annotation)
-               for annotation in tables.objects(_answers_of(options, unit), "annotations")}
+               for annotation in tables.objects(stored, "annotations")}
     asked: dict = {}
     for question in tables.objects(unit, "questions"):
         number = id_of(question, "question_id")
@@ -171,7 +184,8 @@ def _chart_units(options) -> list[Path]:
 
 
 def _chart_rows(options, unit: Path) -> Iterator[Row]:
-    """Records are (picture, [(question, answer)])."""
+    """Records are (folder of the file, picture, [(question, answer)])."""
+    here = unit.parent.relative_to(options.source).as_posix() if options.source.is_dir() else "."
     asked: dict[str, dict] = {}
     for name, record in tables.rows(unit):
         try:
@@ -182,12 +196,13 @@ def _chart_rows(options, unit: Path) -> Iterator[Row]:
         except Dropped as dropped:
             yield name, dropped
     for picture, said in asked.items():
-        yield f"{unit.name}#{picture}", (picture, list(said))
+        yield f"{unit.name}#{picture}", (here, picture, list(said))
 
 
 def _chart(options, name: str, row) -> Iterator[Draft]:
-    picture, asked = row
-    return exchanges(options.media.parts(picture, f"png/{picture}"), asked, options.turns, SHORT)
+    here, picture, asked = row
+    parts = options.media.parts(f"{here}/png/{picture}", picture, f"png/{picture}")
+    return exchanges(parts, asked, options.turns, SHORT)
 
 
 # ------------------------------------------------------------------------------------------------ MIMIC-IT
@@ -230,7 +245,8 @@ def _mimic(options, name: str, row) -> Iterator[Draft]:
 
 
 FORMATS = {
-    "llava": Format("JSON of id, image and conversations (LLaVA, StableLLaVA, ALLaVA, LVIS-Instruct4V, ShareGPT4V)",
+    "llava": Format("JSON of image and conversations (LLaVA, ALLaVA, LVIS-Instruct4V, ShareGPT4V), or of question and "
+                    "answer (LRV, StableLLaVA)",
                     tables.units_of(".json", *tables.LINES), tables.rows_of, _llava, ("media", "frames")),
     "vqav2": Format("JSON of questions, beside that of annotations; those about one picture become one conversation",
                     _vqa_units, _vqa_rows, _vqa, ("media", "annotations", "file", "turns")),

@@ -55,7 +55,7 @@ def _text(lines: list[bytes], size: int) -> Iterator[str | Dropped]:
 
 def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
     text = record if isinstance(record, str) else text_of(field_of(record, options.map.get("text", "text")))
-    for piece in pieces(text, options.max_chars):
+    for piece in pieces(text.replace("\r\n", "\n"), options.max_chars):
         yield Draft([(None, [piece])]) if piece else Dropped("empty text")
 
 

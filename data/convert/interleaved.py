@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from onevocab.data.convert import tables
 from onevocab.data.convert.samples import Draft, Dropped, Format, Part, field_of, list_of, text_of
 
+SEPARATOR = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"  # OBELICS leaves it in texts, between documents of one page
+
 
 def _document(found: list[str | list[Part]], left_out: list[Dropped], space: str) -> Iterator[Draft]:
     """Texts and media in order -> a document; `space` joins texts that follow each other. Raises Dropped when no medium
@@ -48,16 +50,24 @@ def _mmc4(options, name: str, record) -> Iterator[Draft]:
     return _document(found, left_out, " ")
 
 
-def _obelics(options, name: str, record) -> Iterator[Draft]:
+def _obelics(options, name: str, record) -> Iterator[Draft | Dropped]:
     """`images` and `texts` have one length; of each place one holds something. Pictures are URLs, or files."""
     pictures, texts = list_of(field_of(record, "images")), list_of(field_of(record, "texts"))
     if len(pictures) != len(texts):
         raise Dropped("bad record", f"{len(pictures)} images and {len(texts)} texts")
-    left_out: list[Dropped] = []
-    found: list = []
+    documents: list[tuple[list, list[Dropped]]] = [([], [])]  # (texts and media, what is left out) of each
     for picture, text in zip(pictures, texts, strict=True):
-        found += [[] if picture is None else _take(options, picture, left_out), text_of(text)]
-    return _document(found, left_out, "\n\n")
+        found, left_out = documents[-1]
+        found.append([] if picture is None else _take(options, picture, left_out))
+        first, *others = text_of(text).split(SEPARATOR)
+        found.append(first.strip())
+        documents += [([other.strip()], []) for other in others]
+    for found, left_out in documents:
+        if any(found) or left_out or len(documents) == 1:
+            try:
+                yield from _document(found, left_out, "\n\n")
+            except Dropped as dropped:  # the others of the page are kept
+                yield dropped
 
 
 FORMATS = {

@@ -7,7 +7,20 @@ from pathlib import Path
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.conversations import conversation
-from onevocab.data.convert.samples import Draft, Dropped, Format, Row, field_of, list_of, pairs, text_of
+from onevocab.data.convert.media import VIDEO_SUFFIXES, suffix_of
+from onevocab.data.convert.samples import (
+    Draft,
+    Dropped,
+    Format,
+    Row,
+    field_of,
+    files_in,
+    fill,
+    list_of,
+    pairs,
+    text_of,
+)
+from onevocab.tokenizers.media import AUDIO_SUFFIXES
 
 MEDIA = ("image", "audio", "video")
 ROLES = (*MEDIA, "conversations", "system", "instruction", "input", "response", "text")
@@ -20,8 +33,11 @@ CALLED = {"conversations": ("conversations", "messages", "conversation"),
 
 def _sample(options, roles: dict[str, str], record) -> Iterator[Draft | Dropped]:
     """A conversation where roles name conversations or a response, else a plain document for each text."""
-    media = {kind: [options.media.take(file) for file in list_of(field_of(record, roles[kind])) if file]
-             for kind in MEDIA if kind in roles}
+    files = {kind: files_in(field_of(record, roles[kind])) for kind in MEDIA if kind in roles}
+    if options.file:
+        file = fill(options.file, record)
+        files.setdefault(_kind(file), []).append(file)
+    media = {kind: [options.media.take(file) for file in named] for kind, named in files.items()}
     if "conversations" in roles:
         return iter([Draft(conversation(field_of(record, roles["conversations"]), media))])
     if "response" in roles:
@@ -29,10 +45,15 @@ def _sample(options, roles: dict[str, str], record) -> Iterator[Draft | Dropped]
         said = [{"from": "system", "value": _text(record, roles.get("system"))}, {"from": "human", "value": asked},
                 {"from": "gpt", "value": _text(record, roles["response"])}]
         return iter([Draft(conversation(said, media))])
-    parts = [part for files in media.values() for file in files for part in file]
+    parts = [part for shown in media.values() for file in shown for part in file]
     if media and not parts:
         raise Dropped("missing media", "no file is named")
     return pairs(lambda: parts, list_of(field_of(record, roles["text"])))
+
+
+def _kind(file: str) -> str:
+    suffix = suffix_of(file)
+    return "audio" if suffix in AUDIO_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else "image"
 
 
 def _text(record, field: str | None) -> str:
@@ -68,9 +89,9 @@ def _folder_units(options) -> list[Path]:
     return found
 
 
-def guess(names: list[str], files: list[str], given: dict[str, str]) -> dict[str, str]:
-    """Roles of a table's columns; files: those that hold media; given: roles that the user named, which come first.
-    Raises UserError when it is not clear."""
+def guess(names: list[str], files: list[str], texts: list[str], given: dict[str, str]) -> dict[str, str]:
+    """Roles of a table's columns; files: those that hold media; texts: those that hold texts; given: roles that the
+    user named, which come first. Raises UserError when it is not clear."""
     roles, ask = dict(given), f"the columns are {', '.join(names)}: say by --map ROLE=COLUMN, as --map image=COLUMN"
     if not set(MEDIA) & set(given):
         for name in files:
@@ -85,6 +106,9 @@ def guess(names: list[str], files: list[str], given: dict[str, str]) -> dict[str
         chosen = next((group for group in wanted if all(called[role] for role in group)), None)
         if chosen is None:
             raise UserError(f"no column of texts that is known by its name; {ask} --map text=COLUMN")
+        if "response" in chosen and (called["response"] not in texts or {"choices", "options"} & set(names)):
+            raise UserError(f"{called['response']} may be no answer in words, but the number of one; {ask} "
+                            f"--map instruction={called['instruction']} --map response=COLUMN")
         chosen += ("input",) if "response" in chosen and called["input"] else ()
         roles |= {role: called[role] for role in chosen}
     elif not {"conversations", "response", "text"} & set(roles):
@@ -93,7 +117,11 @@ def guess(names: list[str], files: list[str], given: dict[str, str]) -> dict[str
 
 
 def _folder_rows(options, unit: Path) -> Iterator[Row]:
-    roles = guess(*tables.column_names(unit), options.map)
+    columns = tables.column_names(unit)
+    try:
+        roles = guess(*columns, options.map)
+    except UserError as error:  # other files may have other columns
+        raise Dropped("unclear columns", str(error)) from None
     return ((name, (roles, record)) for name, record in tables.rows(unit))
 
 
@@ -103,7 +131,7 @@ def _folder_make(options, name: str, row) -> Iterator[Draft | Dropped]:
 
 FORMATS = {
     "huggingface": Format("a folder of parquet or arrow files of `datasets`, media in the columns", _folder_units,
-                          _folder_rows, _folder_make, ("media", "split", "map", "frames"), ROLES),
+                          _folder_rows, _folder_make, ("media", "split", "map", "file", "frames"), ROLES),
     "map": Format("any table, its fields named by --map", _units, tables.rows_of, _make,
-                  ("media", "map", "frames"), ROLES),
+                  ("media", "map", "file", "frames"), ROLES),
 }

@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from onevocab.common.errors import UserError
@@ -30,12 +31,13 @@ from onevocab.tokenizers.media import (
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 _SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"),
                (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"BM", "bmp"))
+_URL = re.compile(r"((?:.*?://[^?#]*)|.*)(\?[^#]*)?", re.DOTALL)  # (all before the query, the query)
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def suffix_of(name: str) -> str:
-    """".png" of a path, lower-case, "" without one."""
-    return os.path.splitext(name)[1].lower()
+    """".png" of a path or a URL, lower-case, "" without one."""
+    return os.path.splitext(_URL.match(name)[1])[1].lower()
 
 
 def is_medium(name: str) -> bool:
@@ -57,13 +59,14 @@ def _check_suffix(name: str) -> None:
         raise Dropped("unknown ending", name)
 
 
-def check(content: bytes, name: str) -> Medium:
-    """The bytes of a picture or a sound, decoded once to be sure. name: its path, whose ending says what it should be;
-    without one the bytes decide. Raises Dropped."""
-    _check_suffix(name)
+def check(content: bytes, name: str, suffix: str | None = None) -> Medium:
+    """The bytes of a picture or a sound, decoded once to be sure. name: its path, whose ending says what it should be
+    unless `suffix` does; without one the bytes decide. Raises Dropped."""
+    suffix = suffix_of(name) if suffix is None else suffix
+    _check_suffix(suffix and name)
     if len(content) > MAX_MEMBER:
         raise Dropped("too large", f"{name} has {len(content):,} bytes, {MAX_MEMBER:,} are allowed")
-    kind, suffix = kind_of(content), suffix_of(name)
+    kind = kind_of(content)
     if kind is None:
         what = "is empty" if not content else "is no picture or sound of a known kind"
         raise Dropped("unreadable media", f"{name} {what}")
@@ -95,17 +98,21 @@ class MediaFolder:
         """A record's path -> the file. Raises Dropped.
 
         A relative path starts at the folder. Of an absolute one, or a URL, the longest tail that exists below the
-        folder is taken. A path with `..`, or a link that leads out of the folder, is refused.
+        folder is taken; of a URL one of two steps at least, since other hosts have files of that name too. Its query is
+        part of the file's name (`b.png?w=3`, as wget writes it) where there is such a file, else it is left out. A path
+        with `..`, or a link that leads out of the folder, is refused.
         """
-        steps = [step for step in re.split(r"[/\\]+", name) if step not in ("", ".")]
+        place, query = _URL.match(name).groups(default="")
+        steps = [step for step in re.split(r"[/\\]+", place) if step not in ("", ".")]
         if ".." in steps:
             raise Dropped("unsafe path", name)
-        for start in range(len(steps) if _ABSOLUTE.match(name) else 1):
-            path = self.root.joinpath(*steps[start:])
-            if os.path.isfile(path):
-                if not path.resolve().is_relative_to(self.root):
-                    raise Dropped("unsafe path", f"{name} is a link that leads out of the folder of media")
-                return path
+        for start in range(len(steps) - ("://" in name) if _ABSOLUTE.match(name) else 1):
+            for end in dict.fromkeys((query.replace("/", "%2F"), "")):
+                path = Path(f"{self.root.joinpath(*steps[start:])}{end}")
+                if os.path.isfile(path):
+                    if not path.resolve().is_relative_to(self.root):
+                        raise Dropped("unsafe path", f"{name} is a link that leads out of the folder of media")
+                    return path
         raise Dropped("missing media", f"no {name} below {self.root}")
 
     def parts(self, *names: str) -> list[Part]:
@@ -134,12 +141,14 @@ class MediaFolder:
 
     def take(self, value) -> list[Part]:
         """What a record holds where a medium stands: a path, a URL of a file that was fetched, a `data:` URL, bytes, or
-        `{bytes, path}` as `datasets` stores them. Raises Dropped."""
+        `{bytes, path}` or `{array, sampling_rate}` as `datasets` stores them. Raises Dropped."""
         if isinstance(value, dict):
             path = value.get("path")
             path = path if isinstance(path, str) else ""
             if isinstance(value.get("bytes"), bytes):
-                return [check(value["bytes"], path)]
+                return [check(value["bytes"], path, "")]  # the path is where they once came from
+            if value.get("array") is not None:
+                return [_sound(value["array"], value.get("sampling_rate"))]
             value = path
         if isinstance(value, bytes):
             return [check(value, "")]
@@ -147,8 +156,6 @@ class MediaFolder:
             raise Dropped("missing media", "no path and no bytes")
         if value.startswith("data:"):
             return [check(from_base64(value), "")]
-        if "://" in value:
-            value = re.split(r"[?#]", value, maxsplit=1)[0]
         return self.parts(value.strip())
 
 
@@ -165,16 +172,39 @@ def from_base64(text: str) -> bytes:
         raise Dropped("unreadable media", f"not base64 ({error})") from None
 
 
-def _video(path: Path, name: str, frames: int) -> list[Part]:
-    from onevocab.data.video import frames_and_sound
-
+def _sound(samples, rate) -> Medium:
+    """A decoded sound: numbers in -1..1, of one channel or a list of channels. Raises Dropped."""
     try:
-        found = frames_and_sound(path, max_frames=frames)
+        samples = np.asarray(samples)
+        if samples.dtype.kind != "f" or not 1 <= samples.ndim <= 2 or not np.isfinite(samples).all():
+            raise ValueError("not all of its samples are fractions")
+        content = encode_audio(samples if samples.ndim == 1 else samples.mean(axis=0), rate)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Dropped("unreadable media", f"a decoded sound ({error})") from None
+    return check(content, "a decoded sound", "")._replace(reencoded=True)
+
+
+def _video(path: Path, name: str, frames: int) -> list[Part]:
+    """Subtitles that cannot be read are left out."""
+    from onevocab.data.video import frames_and_sound, read_subtitles, subtitles_beside
+
+    options, without = {}, None
+    try:
+        if beside := subtitles_beside(path):
+            read_subtitles(beside)
+    except UserError as error:
+        options, without = {"subtitles": False}, Dropped("unreadable subtitles", str(error))
+    try:
+        found = frames_and_sound(path, max_frames=frames, **options)
     except UNDECODABLE as error:
         if isinstance(error.__context__, ImportError):
             raise  # no fault of this file's: without the package that reads them, all would be dropped
         raise Dropped("unreadable media", f"{name}: {error}") from None
-    return [_encoded(part) for part in found]
+    parts = [_encoded(part) for part in found]
+    first = next((i for i, part in enumerate(parts) if isinstance(part, Medium)), None)
+    if first is not None:
+        parts[first] = parts[first]._replace(without=without)
+    return parts
 
 
 def _encoded(part) -> Part:

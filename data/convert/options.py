@@ -60,5 +60,7 @@ def _roles(given, allowed: tuple[str, ...]) -> dict[str, str]:
         role, _, field = item.partition("=")
         if role not in allowed or not field:
             raise UserError(f"--map {item}: write ROLE=FIELD, where ROLE is one of {', '.join(allowed)}")
+        if role in found:
+            raise UserError(f"--map {item}: {role} is given twice, {found[role]} before")
         found[role] = field
     return found

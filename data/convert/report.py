@@ -2,11 +2,13 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from onevocab.common.errors import UserError
-from onevocab.common.files import read_json, write_json
+from onevocab.common.files import claim_file, read_json, write_json
 from onevocab.data.convert.samples import Dropped, printable
 
 NAMED = 5  # of each reason
@@ -98,34 +100,49 @@ def _sum(parts: list[Report]) -> Report:
 # ------------------------------------------------------------------------------------------- the output folder
 
 _SHARD = re.compile(r"\.?[a-z0-9-]+-(\d{5,})-\d{6,}\.tar(\.[\w.]+)?")
-_REPORT = re.compile(r"\.?report(?:-(\d{5})-of-\d{5})?\.json(\.\d+\.part)?")
+_LOCK = re.compile(r"\.rank-\d+\.lock")
+_REPORT = re.compile(r"\.?report(?:-(\d{5})-of-\d{5})?\.json(\.[0-9a-f]+\.part)?")
 
 
-def claim(out: Path, rank: int, world: int, overwrite: bool) -> None:
-    """Makes sure that a rank writes into a folder that holds nothing of its own, and marks it as in use.
+@contextmanager
+def claimed(out: Path, rank: int, world: int, overwrite: bool) -> Iterator[None]:
+    """A folder for one rank's conversion: it holds nothing of its own, or what an earlier one left and may be replaced.
 
     Part n of a conversion is written by rank n % world, so each file of an earlier one has one rank that may remove
-    it. Files of the other ranks, which may have begun, are passed over. Raises UserError when the folder holds others,
-    or a conversion of its own.
+    it. Files of the other ranks, which may have begun, are passed over. After a failure a folder into which nothing
+    was written is free again. Raises UserError when the folder holds other files, a conversion of its own, or when
+    another one is writing there.
     """
     out.mkdir(parents=True, exist_ok=True)
+    lock = out / f".rank-{rank:05d}.lock"
+    held = claim_file(lock)
+    if held is None:
+        raise UserError(f"another conversion is writing to {out}: wait for it, or choose another folder")
+    with held:
+        try:
+            _clear(out, rank, world, overwrite)
+            path = report_path(out, rank, world)
+            path.write_text('{"state": "running"}\n', encoding="utf-8")
+            try:
+                yield
+            except BaseException:
+                if not any(_SHARD.fullmatch(other.name) for other in out.iterdir()):
+                    path.unlink(missing_ok=True)
+                raise
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _clear(out: Path, rank: int, world: int, overwrite: bool) -> None:
     for path in sorted(out.iterdir(), key=lambda path: (path.name.startswith("."), path.name)):
+        if _LOCK.fullmatch(path.name):
+            continue
         match = _SHARD.fullmatch(path.name) or _REPORT.fullmatch(path.name)
         mine = match is not None and int(match[1] or 0) % world == rank
-        if mine and overwrite:
-            path.unlink(missing_ok=True)
-        elif (mine or match is None) and not overwrite:
+        if match is None and (not overwrite or path.suffix == ".tar"):  # other shards would be taken for ours
+            raise UserError(f"{out} is not empty (it holds {path.name}, of no conversion): choose another folder")
+        if mine and not overwrite:
             raise UserError(f"{out} is not empty (it holds {path.name}): choose another folder, or replace an earlier "
                             "conversion by --overwrite")
-    path = report_path(out, rank, world)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write('{"state": "running"}\n')
-    except FileExistsError:
-        raise UserError(f"another conversion is writing to {out}: choose another folder") from None
-
-
-def release(out: Path, rank: int, world: int) -> None:
-    """After a failure: a folder into which nothing was written is free again."""
-    if not any(_SHARD.fullmatch(path.name) for path in out.iterdir()):
-        report_path(out, rank, world).unlink(missing_ok=True)
+        if mine:
+            path.unlink(missing_ok=True)

@@ -22,12 +22,14 @@ class Dropped(Exception):
 
 class Medium(NamedTuple):
     """A checked file. modality: "image" or "audio"; ending: of a shard's member, as `png`; reencoded: whether the
-    bytes are not the source's, since shards do not take its kind."""
+    bytes are not the source's, since shards do not take its kind; without: what had to be left out, such as a video's
+    subtitles."""
 
     modality: str
     ending: str
     content: bytes
     reencoded: bool = False
+    without: Dropped | None = None
 
 
 Part = str | Medium
@@ -117,6 +119,11 @@ def list_of(value) -> list:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
+def files_in(value) -> list:
+    """The files that a field names, one or a list of them; "" and "None", as some tables write it, name none."""
+    return [file for file in list_of(value) if file and file != "None"]
+
+
 def text_of(value) -> str:
     """A text or a number as text, white space around it gone; "" for anything else, NaN (an empty cell) included."""
     if isinstance(value, str):
@@ -133,10 +140,18 @@ def id_of(record: dict, name: str) -> int | str | None:
     return value if isinstance(value, int | str) else None
 
 
+class _Cell(str):
+    """A text that can be written as the number it spells, `{start_time:06d}`: all cells of a CSV are texts."""
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec) if spec.endswith("d") else super().__format__(spec)
+
+
 def fill(template: str, record: dict) -> str:
     """`{youtube_id}_{start_time}.wav` with a record's fields. Raises Dropped when one is missing or of another type."""
     try:
-        return template.format_map(record)
+        return template.format_map({name: _Cell(value) if isinstance(value, str) else value
+                                    for name, value in record.items()})
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise Dropped("bad record", f"--file {template}: {type(error).__name__} {error}") from None
 

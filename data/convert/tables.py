@@ -1,13 +1,14 @@
 """Records of published files: JSON, JSON lines, CSV, TSV, and columns (parquet, arrow) through pyarrow.
 
-Lines may be compressed (`.gz`, `.zip`). A record that cannot be read takes the place of a record as a `Dropped`, so
-that the others of its file are read; a file that is damaged raises one.
+All but columns may be compressed (`.gz`, `.zip`; `.zst` with the package zstandard). A record that cannot be read takes
+the place of a record as a `Dropped`, so that the others of its file are read; a file that is damaged raises one.
 """
 
 import csv
 import gzip
 import io
 import json
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,14 +23,16 @@ MAX_LINE = 64 << 20  # bytes
 BATCH = 64  # rows of columns in memory at once: a row may hold pictures
 LINES, COLUMNS = (".jsonl", ".ndjson"), (".parquet", ".arrow")
 TABLES = (".json", *LINES, ".csv", ".tsv", *COLUMNS)
+PACKED = (".gz", ".zip", ".zst")
+MAX_DOCUMENT = 1 << 30  # bytes of a compressed file that is one JSON document
 _DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
 
 
 def kind_of(path: Path) -> str:
-    """".jsonl" of `a.jsonl` and `a.jsonl.gz`. Compressed `.json` is taken for lines, as C4 is published."""
+    """".jsonl" of `a.jsonl` and `a.jsonl.gz`. Compressed `.json` is taken for lines, as C4 is published; see `rows`."""
     name = Path(path.name.lower())
     inner = Path(name.stem).suffix
-    if name.suffix in (".gz", ".zip") and inner in (".txt", ".csv", ".tsv", ".json", *LINES):
+    if name.suffix in PACKED and inner in (".txt", ".csv", ".tsv", ".json", *LINES):
         return ".jsonl" if inner == ".json" else inner
     return name.suffix
 
@@ -53,12 +56,25 @@ def files_of(source: Path, kinds: tuple[str, ...] = TABLES, pattern: str = "*") 
 def document(path: Path):
     """A whole JSON file. The last two are kept, since a file may be read in several parts. Raises Dropped."""
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise Dropped("damaged input", f"cannot read {path}: {error.strerror}") from None
+        if path.suffix.lower() not in PACKED:
+            return json.loads(path.read_bytes())
+        content = b"".join(file.read(MAX_DOCUMENT + 1) for file in _streams(path))
+        if len(content) > MAX_DOCUMENT:
+            raise Dropped("damaged input", f"{path.name} unpacks to more than {MAX_DOCUMENT:,} bytes; make it lines")
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise Dropped("damaged input", f"{path.name} is not valid JSON ({error}); if each line is a "
                       "record, call it .jsonl") from None
+    except _damaged() as error:
+        raise Dropped("damaged input", f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def listed(value) -> list | None:
+    """The records of a JSON document: a list, or the only list of an object if it holds objects."""
+    if isinstance(value, dict):
+        lists = [held for held in value.values() if isinstance(held, list)]
+        return lists[0] if len(lists) == 1 and any(isinstance(item, dict) for item in lists[0]) else None
+    return value if isinstance(value, list) else None
 
 
 def objects(path: Path, key: str) -> list[dict]:
@@ -73,10 +89,10 @@ def objects(path: Path, key: str) -> list[dict]:
 def rows(path: Path) -> Iterator[Row]:
     """The records of any of TABLES: (`name#number`, record). Raises Dropped when the file is damaged."""
     kind = kind_of(path)
-    if kind == ".json":
-        value = document(path)
-        if not isinstance(value, list):
-            raise Dropped("damaged input", f"{path.name} is not a list of records")
+    if kind == ".json" or _packs_list(path):
+        value = listed(document(path))
+        if value is None:
+            raise Dropped("damaged input", f"{path.name} is not a list of records, nor an object with one such list")
         found = iter(value)
     elif kind in LINES:
         found = map(record_of, lines(path))
@@ -85,6 +101,16 @@ def rows(path: Path) -> Iterator[Row]:
     else:
         found = _cells(path, "\t" if kind == ".tsv" else ",")
     return ((f"{path.name}#{number}", record) for number, record in enumerate(found))
+
+
+def _packs_list(path: Path) -> bool:
+    """Whether a compressed `.json` is a list, and not lines."""
+    if not path.name.lower().endswith((".json.gz", ".json.zst")):
+        return False
+    try:
+        return any(file.read(64).lstrip().startswith(b"[") for file in _streams(path))
+    except _damaged() as error:
+        raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
 def units_of(*kinds: str) -> Callable[..., list[Path]]:
@@ -115,7 +141,7 @@ def lines(path: Path, empty: bool = False) -> Iterator[bytes]:
                     raise Dropped("damaged input", f"{path.name} has a line of more than {MAX_LINE:,} bytes")
                 if empty or line.strip():
                     yield line
-    except _DAMAGED as error:
+    except _damaged() as error:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
@@ -130,9 +156,24 @@ def _streams(path: Path) -> Iterator[io.BufferedIOBase]:
                 if not name.endswith("/"):
                     with archive.open(name) as file:
                         yield file
+    elif path.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path} is compressed by zstd: pip install zstandard, or decompress it") from None
+        with open(path, "rb") as packed:
+            # The window bounds the memory that a hostile file can ask for.
+            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            yield io.BufferedReader(unpacker.stream_reader(packed, read_across_frames=True))
     else:
         with open(path, "rb") as file:
             yield file
+
+
+def _damaged() -> tuple:
+    """What reading a damaged file raises."""
+    zstandard = sys.modules.get("zstandard")
+    return (*_DAMAGED, zstandard.ZstdError) if zstandard else _DAMAGED
 
 
 def _cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
@@ -153,7 +194,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
                     yield Dropped("bad record", str(error))
                     continue
                 yield Dropped("bad record", "more cells than the header names") if None in row else row
-    except _DAMAGED as error:
+    except _damaged() as error:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
@@ -202,20 +243,33 @@ def columns(path: Path) -> Iterator[dict]:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
-def column_names(path: Path) -> tuple[list[str], list[str]]:
-    """(all columns, those that hold files: bytes, or `{bytes, path}` as `datasets` stores them, or lists of these).
-    Raises as `columns` does."""
+def column_names(path: Path) -> tuple[list[str], list[str], list[str]]:
+    """(all columns, those that hold files: bytes, or `{bytes, path}` or `{array, sampling_rate}` as `datasets` stores
+    them, or lists of these; those that hold texts, or lists of these). Raises as `columns` does."""
     pyarrow = _pyarrow()
     try:
         with _open_columns(pyarrow, path) as (schema, _):
-            return schema.names, [field.name for field in schema if _holds_files(pyarrow.types, field.type)]
+            return schema.names, *([field.name for field in schema if holds(pyarrow.types, field.type)]
+                                   for holds in (_holds_files, _holds_texts))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
-def _holds_files(types, kind) -> bool:
+def _item(types, kind):
     while types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
+    return kind
+
+
+def _holds_texts(types, kind) -> bool:
+    kind = _item(types, kind)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _holds_files(types, kind) -> bool:
+    kind = _item(types, kind)
     if types.is_struct(kind):
-        return {"bytes", "path"} <= {field.name for field in kind}
+        names = {field.name for field in kind}
+        return {"bytes", "path"} <= names or {"array", "sampling_rate"} <= names
     return types.is_binary(kind) or types.is_large_binary(kind)

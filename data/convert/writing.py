@@ -6,6 +6,8 @@ share nothing but the output folder, and the same parts give the same bytes for 
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,8 +16,8 @@ from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.formats import FORMATS
 from onevocab.data.convert.options import options_of
-from onevocab.data.convert.report import Report, claim, finish, release
-from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, members_of, printable
+from onevocab.data.convert.report import Report, claimed, finish
+from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, list_of, members_of, printable
 from onevocab.data.documents import modality_of_ending
 from onevocab.data.writing import ShardWriter
 
@@ -35,28 +37,43 @@ def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | 
         raise UserError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
     chosen, out = FORMATS[name], Path(out)
     options = options_of(name, chosen, source, given)
-    if options.source.is_dir() and out.resolve().is_relative_to(options.source.resolve()):
-        raise UserError(f"{out} lies in the input: choose a folder outside of it for the shards")
+    here, there = options.source.resolve(), out.resolve()
+    if (here.is_dir() and there.is_relative_to(here)) or here.is_relative_to(there):
+        raise UserError(f"{out} lies in the input, or the input in it: choose another folder for the shards")
     units = chosen.units(options)
     if not units:
         raise UserError(f"{source} holds no file of the format {name}")
+    _check_map(chosen, options, units[0])
     split = parts or -(-world // len(units))
     todo = [(unit, turn) for unit in units for turn in range(split)]
     report = Report(name, printable(str(source)))
-    claim(out, rank, world, overwrite)
-    try:
-        with tqdm(desc=name, unit=" samples", disable=not progress or rank != 0) as bar:
-            for number in range(rank, len(todo), world):
-                prefix = f"{name}-{number:05d}"
-                with ShardWriter(out, prefix, samples_per_shard) as writer:
-                    _write(writer, prefix, _drafts(chosen, options, *todo[number], split), report, bar)
-                report.shards += [path.name for path in writer.shards]
-    except BaseException:
-        release(out, rank, world)
-        raise
-    finally:
-        tables.document.cache_clear()
-    return finish(report, out, rank, world) or report
+    with claimed(out, rank, world, overwrite):
+        try:
+            with tqdm(desc=name, unit=" samples", disable=not progress or rank != 0) as bar:
+                for number in range(rank, len(todo), world):
+                    prefix = f"{name}-{number:05d}"
+                    with ShardWriter(out, prefix, samples_per_shard) as writer:
+                        _write(writer, prefix, _drafts(chosen, options, *todo[number], split), report, bar)
+                    report.shards += [path.name for path in writer.shards]
+            return finish(report, out, rank, world) or report
+        finally:
+            tables.document.cache_clear()
+
+
+def _check_map(chosen: Format, options, unit: Path) -> None:
+    """Raises UserError when a mapped field is in none of the first records: a slip of the pen would cost every
+    picture."""
+    wanted = dict(getattr(options, "map", None) or {})
+    fields: set[str] = set()
+    with suppress(Dropped):  # of a file that cannot be read, which is counted later
+        for _, record in islice(chosen.rows(options, unit), 100 if wanted else 0):
+            record = record[1] if isinstance(record, tuple) and len(record) == 2 else record
+            if isinstance(record, dict):
+                fields |= set(map(str, record))
+    wrong = [f"{role}={field}" for role, names in wanted.items() for field in list_of(names)
+             if field not in fields and field.partition(".")[0] not in fields]
+    if fields and wrong:
+        raise UserError(f"--map {wrong[0]}: {unit.name} has no such field; its fields are {', '.join(sorted(fields))}")
 
 
 def _drafts(chosen: Format, options, unit: Path, turn: int, split: int) -> Iterator[tuple[str, Draft | Dropped]]:
@@ -114,7 +131,7 @@ def _count(report: Report, name: str, made: Draft, members: dict[str, bytes]) ->
         report.bytes += len(content)
         if modality := modality_of_ending(ending):
             report.media[modality] = report.media.get(modality, 0) + 1
-    report.reencoded += len({part.content for _, parts in made.turns for part in parts
-                             if isinstance(part, Medium) and part.reencoded})
-    for dropped in made.left_out:
+    shown = [part for _, parts in made.turns for part in parts if isinstance(part, Medium)]
+    report.reencoded += len({part.content for part in shown if part.reencoded})
+    for dropped in [*made.left_out, *(part.without for part in shown if part.without)]:
         report.add(report.left_out, name, dropped)
