@@ -140,3 +140,27 @@ def test_one_byte_of_any_checkpoint_file_is_noticed(whole, tmp_path):
     files[2].write_bytes(b"x")
     assert files[2].name in finished(tmp_path)  # goes on from the one before, and says so
     assert same(outcome(tmp_path), whole)
+
+
+def test_the_disk_is_full_while_it_saves(whole, tmp_path):
+    """A small disk of its own: the run stops with one line, the checkpoints before stay; with room it goes on."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        process = start(tmp_path / "run")
+        err = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and "error: cannot write the checkpoint" in err and "Traceback" not in err
+        kept = checkpoint.load_latest(tmp_path / "run" / "stage")
+        assert kept.step > 0 and not kept.damaged
+        subprocess.run(["mount", "-o", "remount,size=16m", str(tmp_path)], check=True)
+        finished(tmp_path / "run")
+        assert same(outcome(tmp_path / "run"), whole)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
+
+
+def test_the_log_says_what_was_waited_for_and_how_much_memory(whole, tmp_path):
+    finished(tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(0 <= line["waiting_for_data"] <= 1 and line["memory_bytes"] > 10 << 20 for line in lines)

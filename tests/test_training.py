@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny_training import Loader
 from torch import nn
 
 from onevocab.common.errors import UserError
@@ -203,3 +204,25 @@ def test_two_ranks_agree(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
+
+
+@pytest.mark.parametrize("micro_rows", [1, 3])
+def test_gradients_of_parts_add_up_to_those_of_the_whole(micro_rows):
+    """In float64, where what is left is rounding: rows that count differently weigh by their tokens."""
+    from onevocab.model.config import ModelConfig
+    from onevocab.model.decoder import Decoder
+    from onevocab.training.loop import NextTokenLoss, backward
+
+    torch.manual_seed(0)
+    config = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32)
+    model = NextTokenLoss(Decoder(config, 20).double(), 1e-4)
+    batch = Loader().next_batch()
+    batch.weights = batch.weights.double()
+    batch.weights[1, :13] = 0
+    found = {}
+    for rows in (0, micro_rows):
+        model.zero_grad()
+        mean, nll = backward(model, batch, 1 / batch.weights.sum(), rows, "float32", torch.device("cpu"))
+        found[rows] = [mean, nll, *(p.grad.clone() for p in model.parameters())]
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found[micro_rows], found[0], strict=True))
+    assert worst < 1e-13

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from onevocab.training import checkpoint, distributed
+from onevocab.training.faults import Stopped, StopSignal
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import OptimizerConfig, build_optimizers
 from onevocab.training.precision import autocast, choose
@@ -23,7 +24,7 @@ def train_autoencoder(
     """Trains `model(x, quantize) -> (loss, logs)`, first without its quantizer, which k-means then starts.
 
     sample: generator, the same on every rank -> this rank's part of a batch, (B, channels, H, W). Continues from the
-    newest checkpoint of `folder`.
+    newest checkpoint of `folder`. Raises Stopped after a signal.
     """
     device = next(model.parameters()).device
     optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
@@ -39,28 +40,38 @@ def train_autoencoder(
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
     wrapped = DistributedDataParallel(model) if distributed.world() > 1 else model
     model.train()
-    bar = progress(steps, start, stage, distributed.is_main())
-    for step in range(start, steps):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        quantize = step >= round(PLAIN * steps)
-        if step == round(PLAIN * steps):
-            with torch.no_grad():
-                latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
-            model.quantizer.start(torch.cat(latents))
-        with autocast(precision, device):
-            loss, logs = wrapped(sample(generator), quantize)
-        optimizers.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers.step(multiplier(schedule, step, steps))
-        bar.update()
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            values = {name: float(value) for name, value in logs.items()}
-            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-            log.write(stage, step + 1, loss=float(loss.detach()), **values)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            if distributed.is_main():
-                checkpoint.save(folder, step + 1, model, {}, optimizers, {"precision": precision})
-            distributed.barrier()
-    bar.close()
+    saved = start
+
+    def save(done: int) -> None:
+        if distributed.is_main():
+            checkpoint.save(folder, done, model, {}, optimizers, {"precision": precision})
+        distributed.barrier()
+
+    with StopSignal() as stop, progress(steps, start, stage, distributed.is_main()) as bar:
+        for step in range(start, steps):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            quantize = step >= round(PLAIN * steps)
+            if step == round(PLAIN * steps):
+                with torch.no_grad():
+                    latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
+                model.quantizer.start(torch.cat(latents))
+            with autocast(precision, device):
+                loss, logs = wrapped(sample(generator), quantize)
+            optimizers.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers.step(multiplier(schedule, step, steps))
+            bar.update()
+            done = step + 1
+            if done % 50 == 0 or done == steps:
+                values = {name: float(value) for name, value in logs.items()}
+                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+                log.write(stage, done, loss=float(loss.detach()), **values)
+            if done % SAVE_EVERY == 0 or done == steps:
+                save(done)
+                saved = done
+            if distributed.agree(stop.asked, device):
+                if saved < done:
+                    save(done)
+                raise Stopped(f"{stage} stopped at step {done}; the same command continues")
     model.eval()

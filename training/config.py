@@ -9,13 +9,15 @@ from onevocab.training.schedule import ScheduleConfig
 
 
 class TrainConfig(BaseModel):
-    """steps: optimiser steps; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
+    """steps: optimiser steps; micro_rows: rows of a rank's step that are computed at once, their gradients are added up
+    (0: all); z_loss: weight of log(Z)^2 (PaLM, Chowdhery et al. 2022); clip: largest gradient norm;
     precision: of the matmuls, "auto" is the faster one here; max_bad_steps: so many non-finite losses in a row stop
     the run; stall_seconds: a rank that waits so long for data or for another rank ends the run (0: never); *_every: in
     steps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(default=1000, ge=1)
+    micro_rows: int = Field(default=0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.training import checkpoint, distributed
 from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped, StopSignal, Watchdog
-from onevocab.training.metrics import MetricsLog, progress
+from onevocab.training.metrics import MetricsLog, peak_memory, progress
 from onevocab.training.muon import build_optimizers
 from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import multiplier
@@ -31,6 +32,30 @@ class NextTokenLoss(nn.Module):
         hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document))
         return linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head_weight, batch.targets.flatten(),
                                     batch.weights.flatten(), self.z_loss)
+
+
+def backward(
+    model: nn.Module, batch, scale: Tensor, micro_rows: int, precision: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Adds up the gradients of scale * loss, `micro_rows` rows at a time (0: all at once), and exchanges them between
+    ranks once. Returns (scale * loss, nll (B * S,)), both without a graph.
+
+    The scale is that of the whole step, so parts with few tokens that count do not count more.
+    """
+    columns = vars(batch).values()
+    rows = len(batch.ids)
+    mean, nlls = torch.zeros((), device=device), []
+    for start in range(0, rows, micro_rows or rows):
+        stop = min(start + (micro_rows or rows), rows)
+        part = batch if stop - start == rows else type(batch)(*(column[start:stop] for column in columns))
+        wait = stop < rows and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if wait else nullcontext():
+            with autocast(precision, device):
+                loss, nll = model(part)
+            (loss * scale).backward()
+        mean = mean + (loss * scale).detach()
+        nlls.append(nll.detach())
+    return mean, torch.cat(nlls)
 
 
 def train_language(
@@ -69,20 +94,20 @@ def train_language(
         parts = torch.tensor(found.state["unreported"], device=device)
         same_ranks = len(parts) == distributed.world()
         sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
-    bad, began, saved = 0, time.perf_counter(), start
+    bad, waited, began, saved = 0, 0.0, time.perf_counter(), start
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
     with StopSignal() as stop, watchdog, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
             watchdog.waits_for("data", step)
+            asked = time.perf_counter()
             batch = loader.next_batch().to(device)
+            waited += time.perf_counter() - asked
             watchdog.waits_for("the update", step)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
-            with autocast(precision, device):
-                loss, nll = model(batch)
-            # DDP averages gradients over ranks; times their number is the sum, over the weight of all of them.
-            mean = loss * distributed.world() / total_weight.clamp_min(1e-6)
             optimizers.zero_grad()
-            mean.backward()
+            # DDP averages gradients over ranks; times their number is the sum, over the weight of all of them.
+            scale = distributed.world() / total_weight.clamp_min(1e-6)
+            mean, nll = backward(model, batch, scale, config.micro_rows, precision, device)
             norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.clip)
             rate = multiplier(config.schedule, step, config.steps)
             if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item())), device):
@@ -110,8 +135,10 @@ def train_language(
                 speed = sum(tokens) / seconds
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()} | {"tok/s": f"{speed:,.0f}"})
                 log.write(stage, done, **{f"loss_{name}": value for name, value in losses.items()},
-                          tokens_per_second=speed, gradient_norm=norm.item(), learning_rate=rate)
+                          tokens_per_second=speed, gradient_norm=norm.item(), learning_rate=rate,
+                          waiting_for_data=waited / seconds, memory_bytes=peak_memory(device))
                 sums.zero_()
+                waited = 0.0
             if done % config.save_every == 0 or done == config.steps:
                 save(done)
                 saved = done

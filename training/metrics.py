@@ -2,9 +2,11 @@
 
 import io
 import json
+import resource
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from onevocab.common.files import write_atomic
@@ -76,6 +78,14 @@ def loss_curves(lines: list[dict], stage: str) -> bytes | None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory so far in bytes: of torch's allocator on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def progress(total: int, done: int, label: str, active: bool) -> tqdm:
