@@ -38,8 +38,11 @@ def outcome(folder):
     """(weights, losses by step) of a finished run."""
     newest = checkpoint.list_steps(folder / "stage")[0]
     assert newest.name == f"step-{STEPS}"
-    return checkpoint.load_weights(newest)[0], {line["step"]: line["loss_text"]
-                                               for line in read_metrics(folder / "metrics.jsonl")}
+    return checkpoint.load_weights(newest)[0], read_losses(folder)
+
+
+def read_losses(folder) -> dict[int, float]:
+    return {line["step"]: line["loss_text"] for line in read_metrics(folder / "metrics.jsonl")}
 
 
 def same(one, two) -> bool:
@@ -107,6 +110,18 @@ def test_one_rank_asked_to_stop_stops_all(tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_asked_to_stop_saves(tmp_path):
+    process = start(tmp_path, "--save-every", 1000, "--steps", 100_000, ranks=2)
+    for line in process.stderr:
+        if "stage:" in line:  # the bar is there: it trains
+            break
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert err.count("stage stopped at step") == 2 and "Traceback" not in err.partition("stopped at")[0]
+    assert len(checkpoint.list_steps(tmp_path / "stage")) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [["--kill", int(signal.SIGKILL)], ["--stall", 4]], ids=["killed", "starved"])
 def test_a_rank_that_dies_or_starves_is_started_again(tmp_path, what):
     """torchrun starts all ranks anew; they go on from the last checkpoint."""
@@ -121,6 +136,19 @@ def test_starved_alone_it_ends_with_one_line(tmp_path):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 3 and "error: stage: rank 0 has waited" in err and "Traceback" not in err
     assert checkpoint.list_steps(tmp_path / "stage")[0].name == "step-5"
+
+
+@pytest.mark.slow
+def test_the_number_of_ranks_may_change(whole, tmp_path):
+    """1 -> 2 -> 4 -> 1 ranks: the losses differ from one rank's by no more than twice what float32 costs."""
+    for ranks, until in ((1, 8), (2, 16), (4, 24), (1, -1)):
+        finished(tmp_path / "changing", "--until", until, ranks=ranks)
+    finished(tmp_path / "exact", "--double")
+    exact, one = read_losses(tmp_path / "exact"), whole[1]
+    changing = read_losses(tmp_path / "changing")
+    assert exact.keys() == one.keys() == changing.keys()
+    allowed = 2 * max(abs(one[step] - exact[step]) for step in one)
+    assert 0 < max(abs(changing[step] - one[step]) for step in one) <= allowed < 1e-4
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ class Loader:
     """Four rows that follow from how many batches were taken, shared out over the ranks; `poison` is a step whose
     weights are not finite."""
 
-    def __init__(self, poison=(), rank: int = 0, world: int = 1):
-        self.taken, self.poison, self.rank, self.world = 0, poison, rank, world
+    def __init__(self, poison=(), rank: int = 0, world: int = 1, dtype: torch.dtype = torch.float32):
+        self.taken, self.poison, self.rank, self.world, self.dtype = 0, poison, rank, world, dtype
 
     def next_batch(self) -> Batch:
         generator = torch.Generator().manual_seed(self.taken)
@@ -49,7 +49,7 @@ class Loader:
         weights = torch.full((4, 16), float("nan") if self.taken in self.poison else 1.0)
         weights[:, : self.taken % 5] = 0  # rows and ranks whose tokens count differently
         self.taken += 1
-        columns = ids[:, :-1], ids[:, 1:], weights, torch.zeros(4, 16, dtype=torch.uint8), \
+        columns = ids[:, :-1], ids[:, 1:], weights.to(self.dtype), torch.zeros(4, 16, dtype=torch.uint8), \
             torch.arange(16).expand(4, 16), torch.zeros(4, 16, dtype=torch.int32)
         share = 4 // self.world
         return Batch(*(column[self.rank * share : (self.rank + 1) * share] for column in columns))
@@ -67,6 +67,7 @@ CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
 def run(folder: Path, loader=None, config=CONFIG) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
+    decoder.to(loader.dtype if loader else torch.float32)
     log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None)
     train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"], log, "stage",
                    torch.device("cpu"))
@@ -78,10 +79,13 @@ class Misfortune(Loader):
     folder remembers."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
-        super().__init__(rank=distributed.rank(), world=distributed.world())
+        super().__init__(rank=distributed.rank(), world=distributed.world(),
+                         dtype=torch.float64 if args.double else torch.float32)
         self.mark, self.args = folder / "happened", args
 
     def next_batch(self) -> Batch:
+        if self.taken + 1 == self.args.until:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.taken == self.args.at and self.rank == self.args.on and not self.mark.exists():
             self.mark.touch()
             if self.args.stall:
@@ -96,6 +100,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=1)
+    parser.add_argument("--until", type=int, default=-1, help="asked to stop after this step")
+    parser.add_argument("--double", action="store_true", help="float64")
     parser.add_argument("--at", type=int, default=-1, help="before which step")
     parser.add_argument("--on", type=int, default=0, help="which rank")
     parser.add_argument("--kill", type=int, default=signal.SIGKILL, help="by which signal")

@@ -89,9 +89,10 @@ def train_language(
     module = NextTokenLoss(decoder, config.z_loss)
     model = DistributedDataParallel(module) if distributed.world() > 1 else module
     decoder.train()
-    sums = torch.zeros(3, len(modalities), device=device)  # weighted nll, weights, tokens; since the last report
+    # Weighted nll, weights, tokens of each modality since the last report.
+    sums = torch.zeros(3, len(modalities), device=device, dtype=torch.float64)
     if found:  # of another number of ranks: together they are the same
-        parts = torch.tensor(found.state["unreported"], device=device)
+        parts = torch.tensor(found.state["unreported"], device=device, dtype=sums.dtype)
         same_ranks = len(parts) == distributed.world()
         sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
     bad, waited, began, saved = 0, 0.0, time.perf_counter(), start
@@ -120,7 +121,7 @@ def train_language(
                 bad = 0
                 optimizers.step(rate)
 
-            kind, weights = batch.modality.flatten().long(), batch.weights.flatten()
+            kind, weights = batch.modality.flatten().long(), batch.weights.flatten().to(sums.dtype)
             sums[0].index_add_(0, kind, nll.to(sums.dtype) * weights)
             sums[1].index_add_(0, kind, weights)
             sums[2].index_add_(0, kind, (batch.document.flatten() >= 0).to(sums.dtype))

@@ -50,7 +50,8 @@ class Muon:
     """
 
     def __init__(self, named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
-        self.lr, self.momentum, self.weight_decay, self.dtype = lr, momentum, weight_decay, torch.float32
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        self.dtype: torch.dtype | None = None  # of the iteration; None: that of the momentum
         by_shape = defaultdict(list)
         for name, parameter in named:
             if parameter.dim() < 2:
@@ -58,7 +59,8 @@ class Muon:
             by_shape[tuple(sorted(parameter.flatten(1).shape))].append((name, parameter))
         # one momentum tensor (count, m, n), m <= n, for each group of equally shaped matrices
         self.groups = [
-            (members, torch.zeros(len(members), *shape, dtype=torch.float32, device=members[0][1].device))
+            (members, torch.zeros(len(members), *shape, device=members[0][1].device,
+                                  dtype=torch.promote_types(members[0][1].dtype, torch.float32)))
             for shape, members in by_shape.items()
         ]
 
@@ -71,10 +73,10 @@ class Muon:
         lr = self.lr * multiplier
         for members, momentum in self.groups:
             parameters = [parameter for _, parameter in members]
-            grad = torch.stack([_wide(p.grad) for p in parameters]).float()
+            grad = torch.stack([_wide(p.grad) for p in parameters]).to(momentum.dtype)
             momentum.lerp_(grad, 1 - self.momentum)
             update = grad.lerp_(momentum, self.momentum)
-            update = orthogonalise(update.to(self.dtype)).to(parameters[0].dtype)
+            update = orthogonalise(update.to(self.dtype or update.dtype)).to(parameters[0].dtype)
             if self.weight_decay:
                 torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             for p, u in zip(parameters, update, strict=True):
