@@ -3,6 +3,7 @@
 Finished stages are skipped; an interrupted one continues. Each stage writes only below the run's folder.
 """
 
+import os
 import sys
 import time
 import tomllib
@@ -23,7 +24,7 @@ from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
 from onevocab.data.curriculum import Curriculum, Lesson
 from onevocab.data.demo import write_demo
-from onevocab.data.loader import PackedLoader
+from onevocab.data.loader import Batch, PackedLoader
 from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
@@ -33,12 +34,15 @@ from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
+from onevocab.tokenizers.vocab import Vocabulary
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
-from onevocab.training.loop import train_language
+from onevocab.training.loop import NextTokenLoss, train_language
 from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
+from onevocab.training.plan import activations, device_flops, flops_per_token, lines, plan, probe, si
+from onevocab.training.precision import choose
 
 
 class LanguageStage(TrainConfig, StageData):
@@ -194,11 +198,7 @@ class Run:
 
     @property
     def raw_shards(self) -> list[str]:
-        return [source for path in self.config.data.shards for source in list_sources(self.placed(path))]
-
-    def placed(self, path: str) -> str:
-        """A path of the configuration, which starts from the run's folder; an address stays."""
-        return path if is_remote(path) else str(self.folder / path)
+        return [source for path in self.config.data.shards for source in list_sources(placed(self.folder, path))]
 
     def write_shards(self) -> None:
         self.on_main(lambda: self.config.data.demo and write_demo(self.folder / "shards", self.config.data.demo))
@@ -267,7 +267,7 @@ class Run:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
-            sources = [source.model_copy(update={"path": self.placed(source.path)}) for source in sources]
+            sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "documents",
                                   max(1, self.config.data.workers // distributed.world()))
@@ -287,6 +287,79 @@ class Run:
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
                        self.device)
+
+
+def placed(folder: Path, path: str) -> str:
+    """A path of the configuration, which starts from the run's folder; an address stays."""
+    return path if is_remote(path) else str(folder / path)
+
+
+class PlanConfig(BaseModel):
+    """What `--plan` supposes. flops: a device's, in FLOP/s (0: measured here); watts: a device's and its share of the
+    rest (0: no energy)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    devices: int = Field(default=1, ge=1)
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    flops: float = Field(default=0.0, ge=0)
+    watts: float = Field(default=0.0, ge=0)
+
+
+def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
+    """What `--plan` prints. Nothing is written, and no weights are made. Raises UserError on another `--plan...`."""
+    pairs = [word.removeprefix("--plan").removeprefix(".").partition("=") for word in words if word != "--plan"]
+    try:
+        supposed = PlanConfig.model_validate({key: value for key, _, value in pairs})
+    except ValidationError as error:
+        raise invalid(error, "--plan") from None
+    folder, device = Path(config.folder), torch.device("cpu")
+    if (folder / "tokenizers" / "vocabulary.json").is_file():
+        vocabulary, source = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
+    else:
+        media = [ImageTokenizer(config.image).layout, AudioTokenizer(config.audio).layout]
+        vocabulary, source = Vocabulary.build(config.text.vocab_size, media), "as configured, no tokenizers yet"
+
+    def network(layers: int, size: int) -> NextTokenLoss:
+        return NextTokenLoss(Decoder(config.model.model_copy(update={"layers": layers}), size), config.pretrain.z_loss)
+
+    with torch.device("meta"):
+        model = network(config.model.layers, vocabulary.size)
+    found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
+             f"({source})"]
+    for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
+        loader, shape = stage.loader, config.model
+        if loader.rows_per_step % supposed.devices:
+            raise UserError(f"{name}: rows_per_step = {loader.rows_per_step} does not divide over {supposed.devices} "
+                            "devices; choose a multiple")
+        precision = choose(stage.precision, device)
+        rows = loader.rows_per_step // supposed.devices
+        at_once = min(stage.micro_rows or rows, rows)
+        looked_up = 0 if shape.tied else vocabulary.size * shape.dim
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1) - looked_up
+        work = flops_per_token(matrices, shape.layers, shape.heads, shape.head_dim, loader.row_length / 2)
+        # Everything but the head's weight, which is not among them, is the same for a small vocabulary.
+        kept = activations(lambda layers: network(layers, 1024), probe(Batch, 1024), shape.layers,
+                           at_once * loader.row_length, precision)
+        flops = supposed.flops or device_flops(device, precision)[0]
+        words = f"{stage.steps:,} steps of {loader.rows_per_step} rows of {loader.row_length:,}, {at_once} at once"
+        found += lines(name, plan(model, work, kept), stage.steps * loader.rows_per_step * loader.row_length, words,
+                       supposed.devices, flops, supposed.mfu, supposed.watts)
+        if (folder / "codes" / "done.json").is_file():
+            found += _source_lines(config, stage)
+    return found
+
+
+def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
+    """How often each source is shown."""
+    run = Path(config.folder)
+    sources = [source.model_copy(update={"path": placed(run, source.path)}) for source in stage.sources]
+    loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.loader, seed=config.seed,
+                          keep=run / "documents", workers=config.data.workers)
+    shown = loader.per_source()
+    tokens = stage.steps * stage.loader.rows_per_step * stage.loader.row_length
+    epochs = tokens / sum(held * times for _, _, held, times in shown)
+    return [f"  data      {os.path.relpath(path, run)}: {documents:,} documents of {si(held)} tokens, each "
+            f"{epochs * times:.3g} times" for path, documents, held, times in shown]
 
 
 def _settings(model: BaseModel) -> dict:
@@ -311,7 +384,12 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")
-    run = Run(read_config(arguments[0], arguments[1:]))
+    asked = [word for word in arguments[1:] if word.startswith("--plan")]
+    config = read_config(arguments[0], [word for word in arguments[1:] if word not in asked])
+    if asked:
+        print("\n".join(plan_lines(config, asked)))
+        return
+    run = Run(config)
     try:
         run.train()
         if run.main:

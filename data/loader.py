@@ -158,6 +158,14 @@ class PackedLoader:
                 "pairs": int((self._store.split > 0).sum()), "epoch_length": self.epoch_length,
                 "tokens": dict(zip(self.vocab.modalities, self._store.modality_counts.tolist(), strict=True))}
 
+    def per_source(self) -> list[tuple[str, int, int, float]]:
+        """(path, documents, tokens, how often an epoch shows each) of each source."""
+        found, first = [], 0
+        for source, n, slots in zip(self.sources, self._counts, self._slots, strict=True):
+            found.append((source.path, n, int(self._store.length[first : first + n].sum()), slots / n))
+            first += n
+        return found
+
     # ------------------------------------------------------------------------------------------------ order
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -154,14 +154,29 @@ class Optimizers:
             member.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
-    """Hidden weights of two and more axes go to Muon; the embedding, the head and vectors go to AdamW."""
+Named = list[tuple[str, nn.Parameter]]
+
+
+def assign(model: nn.Module) -> tuple[Named, Named]:
+    """(Muon's, AdamW's): hidden weights of two and more axes; the embedding, the head and vectors."""
     tables = {id(module.weight) for name, module in model.named_modules()
               if isinstance(module, nn.Embedding) or name.endswith("lm_head")}
     named = [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [(name, p) for name, p in named if p.dim() >= 2 and id(p) not in tables]
     rest = [(name, p) for name, p in named if p.dim() < 2 or id(p) in tables]
-    members = {}
+    return matrices, rest
+
+
+def state_bytes(model: nn.Module) -> int:
+    """What the optimisers' state takes: a momentum for each number of a matrix, two moments for the others (and a count
+    each). The model may be on `meta`."""
+    matrices, rest = assign(model)
+    return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest)
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+    """Each parameter's optimiser as `assign` says."""
+    (matrices, rest), members = assign(model), {}
     if matrices:
         members["muon"] = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay)
     if rest:

@@ -1,0 +1,104 @@
+"""The plan's numbers against what is counted and measured."""
+
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny_training import Batch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from onevocab.model.config import ModelConfig
+from onevocab.model.decoder import Decoder, qwen3_config
+from onevocab.training.loop import NextTokenLoss, backward
+from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.plan import activations, flops_per_token, plan
+
+CPU = torch.device("cpu")
+SHAPES = [ModelConfig(), ModelConfig(dim=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_dim=768, tied=False)]
+
+
+def batch(rows: int, length: int, vocabulary: int, document: int) -> Batch:
+    index = torch.arange(length).expand(rows, -1)
+    return Batch(torch.randint(vocabulary, (rows, length)), torch.randint(vocabulary, (rows, length)),
+                 torch.ones(rows, length), torch.zeros(rows, length, dtype=torch.uint8), index % document,
+                 (index // document).int())
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=["demo", "untied"])
+def test_flops_are_those_that_torch_counts(config):
+    """In transformers' Qwen3 of the same shape, whose attention computes every pair of a row."""
+    transformers = pytest.importorskip("transformers")
+    vocabulary, length = 3072, 128
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        **qwen3_config(config, vocabulary), attn_implementation="eager"))
+    ids = torch.randint(vocabulary, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    matrices = sum(p.numel() for p in Decoder(config, vocabulary).parameters() if p.dim() > 1)
+    matrices -= 0 if config.tied else vocabulary * config.dim  # an embedding of its own is only looked up
+    planned = flops_per_token(matrices, config.layers, config.heads, config.head_dim, length)
+    assert planned == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.03)
+
+
+def measured_peak(step) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    current = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", SHAPES, ids=["demo", "untied"])
+def test_memory_is_what_is_measured(config, precision):
+    vocabulary, rows, length = 3072, 16, 256
+    module = NextTokenLoss(Decoder(config, vocabulary), 1e-5)
+    optimizers, data = build_optimizers(module.decoder, OptimizerConfig()), batch(rows, length, vocabulary, 64)
+
+    def make(layers: int) -> NextTokenLoss:
+        return NextTokenLoss(Decoder(config.model_copy(update={"layers": layers}), vocabulary), 1e-5)
+
+    kept = activations(make, batch(2, 128, vocabulary, 64), config.layers, rows * length, precision)
+    planned = plan(module, 0.0, kept)
+
+    def step() -> None:
+        backward(module, data, 1 / data.weights.sum(), 0, precision, CPU)
+        optimizers.step(0.1)
+
+    assert planned.optimizer == sum(x.numel() * x.element_size() for x in optimizers.tensors().values())
+    step()
+    optimizers.zero_grad()
+    measured = measured_peak(step) + planned.weights + planned.optimizer
+    assert planned.memory == pytest.approx(measured, rel=0.15)
+
+
+def train(*words) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
+    shape = {"dim": 2048, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "mlp_dim": 6144}
+    done = train("configs/demo.toml", f"--folder={tmp_path / 'run'}", "--plan", "--plan.devices=8", "--plan.watts=700",
+                 "--plan.flops=989e12", *(f"--model.{key}={value}" for key, value in shape.items()),
+                 "--pretrain.loader.rows_per_step=64", "--instruct.loader.rows_per_step=64", "--pretrain.steps=100000")
+    assert done.returncode == 0, done.stderr
+    assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_a_plan_of_a_run_says_how_often_its_data_are_shown(smoke_run):
+    before = {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*.json")}
+    done = train("configs/smoke.toml", f"--folder={smoke_run}", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "of the trained tokenizers" in done.stdout and "documents of" in done.stdout and "kWh" not in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*.json")}
+    wrong = train("configs/smoke.toml", "--plan.mfu=7")
+    assert wrong.returncode == 2 and "--plan: mfu" in wrong.stderr

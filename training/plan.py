@@ -1,0 +1,138 @@
+"""What a run needs, before a step is taken: parameters, work, memory by part, time and energy."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from onevocab.training.muon import state_bytes
+from onevocab.training.precision import autocast
+
+PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All in bytes, for one device, except the counts: parameters, matrices (those of them in matrices; a tied head
+    counts once) and flops_per_token (forward and backward)."""
+
+    parameters: int
+    matrices: int
+    flops_per_token: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def checkpoint(self) -> int:
+        return self.weights + self.optimizer
+
+
+def flops_per_token(matrices: int, layers: int, heads: int, head_dim: int, keys_per_token: float) -> float:
+    """Forward and backward: 6 for each number in a matrix, 12 for each visible key, head and width of a layer
+    (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
+    return 6 * matrices + 12 * layers * heads * head_dim * keys_per_token
+
+
+def saved_bytes(module: nn.Module, batch, precision: str) -> int:
+    """What autograd keeps for the backward pass of module(batch), parameters and their casts apart.
+
+    A cast of a parameter is kept once, however many tokens there are; it is small beside its parameter.
+    """
+    kept: dict[int, Tensor] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(precision, torch.device("cpu")):
+        module(batch)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: int, precision: str) -> int:
+    """Bytes kept for the backward pass of `layers` layers over so many tokens, from what one layer and two keep.
+
+    make: number of layers -> the network with its loss; batch: a small one that it takes, (rows, tokens). Exact for
+    layers that are alike; casts of weights, which do not grow with the tokens, are measured apart.
+    """
+    small = [type(batch)(*(column[:1] for column in vars(batch).values())), batch]
+    counts = [part.ids.numel() for part in small]
+    needed = []
+    for n in (1, 2):
+        module = make(n)
+        few, many = (saved_bytes(module, part, precision) for part in small)
+        per_token = (many - few) / (counts[1] - counts[0])
+        needed.append((per_token, few - per_token * counts[0]))
+    (token_one, fixed_one), (token_two, fixed_two) = needed
+    per_token = token_one + (layers - 1) * (token_two - token_one)
+    fixed = fixed_one + (layers - 1) * (fixed_two - fixed_one)
+    return round(per_token * tokens + max(fixed, 0))
+
+
+def plan(model: nn.Module, flops: float, kept: int) -> Plan:
+    """model: on any device, `meta` too; flops: per token; kept: what `activations` says for a device's micro-batch."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
+    return Plan(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.dim() > 1),
+                flops, sum(sizes), sum(sizes), state_bytes(model), kept)
+
+
+def probe(batch_class: type, vocabulary: int) -> object:
+    """A small batch of one document a row, to measure on."""
+    rows, length = PROBE
+    index = torch.arange(length).expand(rows, -1)
+    ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+    return batch_class(ids=ids, targets=ids, weights=torch.ones(rows, length), positions=index,
+                       modality=torch.zeros(rows, length, dtype=torch.uint8), document=torch.zeros_like(index).int())
+
+
+def device_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """(FLOP/s, where they are from): a square product, measured here."""
+    dtype, n = getattr(torch, precision), 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best, f"a product of {n} x {n} in {precision}, measured here"
+
+
+def si(value: float, unit: str = "", base: float = 1000) -> str:
+    """1.5 M, 157 MiB: three significant digits."""
+    prefixes = ("", "K", "M", "G", "T", "P", "E")
+    step = 0
+    while abs(value) >= base and step < len(prefixes) - 1:
+        value, step = value / base, step + 1
+    prefix = prefixes[step] + ("i" if base == 1024 and step else "")
+    return f"{value:.3g} {prefix}{unit}".rstrip()
+
+
+def lines(name: str, made: Plan, tokens: int, rows: str, devices: int, flops: float, mfu: float,
+          watts: float) -> list[str]:
+    """A stage's plan for people."""
+    seconds = made.flops_per_token * tokens / (flops * mfu * devices)
+    parts = ", ".join(f"{part} {si(getattr(made, part), 'B', 1024)}"
+                      for part in ("weights", "gradients", "optimizer", "activations"))
+    return [
+        f"{name}: {si(tokens)} tokens, {rows}",
+        f"  work      {si(made.flops_per_token, 'FLOP')} a token, {si(made.flops_per_token * tokens, 'FLOP')} in all",
+        f"  memory    {si(made.memory, 'B', 1024)} a device: {parts}",
+        f"  disk      {si(made.checkpoint, 'B', 1024)} a checkpoint, two are kept, a third while it is written",
+        f"  time      {clock(seconds)} on {devices} device(s) of {si(flops, 'FLOP/s')} at {mfu:.0%} of it, "
+        f"{si(seconds * devices * watts / 3.6e6, 'kWh') if watts else 'energy: say --plan.watts'}",
+    ]
+
+
+def clock(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} h" if hours > 2 else f"{minutes:.1f} min"
