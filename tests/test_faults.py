@@ -20,16 +20,16 @@ SCRIPT = "tests/tiny_training.py"
 STEPS = 30
 
 
-def start(folder, *options, ranks: int = 1, restarts: int = 0) -> subprocess.Popen:
+def start(folder, *options, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE) -> subprocess.Popen:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                                       f"--max-restarts={restarts}"]
     return subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder), "--steps", str(STEPS), *map(str, options)],
-                            cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            cwd=ROOT, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def finished(*arguments, **options) -> str:
+def finished(*arguments, seconds: float = 120, **options) -> str:
     process = start(*arguments, **options)
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=seconds)[1]
     assert process.returncode == 0, err
     return err
 

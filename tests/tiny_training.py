@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=1)
     parser.add_argument("--until", type=int, default=-1, help="asked to stop after this step")
+    parser.add_argument("--stall-seconds", type=float, default=600)
     parser.add_argument("--double", action="store_true", help="float64")
     parser.add_argument("--at", type=int, default=-1, help="before which step")
     parser.add_argument("--on", type=int, default=0, help="which rank")
@@ -110,8 +111,8 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
     args.folder.mkdir(parents=True, exist_ok=True)
-    config = CONFIG.model_copy(update={"steps": args.steps, "save_every": args.save_every, "precision": "float32"}
-                               | ({"stall_seconds": args.stall} if args.stall else {}))
+    config = CONFIG.model_copy(update={"steps": args.steps, "save_every": args.save_every, "precision": "float32",
+                                       "stall_seconds": args.stall or args.stall_seconds})
     try:
         run(args.folder, Misfortune(args.folder, args), config)
     except Stopped as stopped:
