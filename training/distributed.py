@@ -51,6 +51,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_gather(tensor: Tensor) -> Tensor:
+    """The tensors of all ranks, of one shape, joined along the first axis in the order of ranks."""
+    joined = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
+    dist.all_gather(list(joined.chunk(world())), tensor.contiguous())
+    return joined
+
+
 def agree(flag: bool, device="cpu") -> bool:
     """True on every rank when it is true on any: how all ranks stop, or skip, together."""
     if world() == 1:

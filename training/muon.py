@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from onevocab.common.errors import UserError
+from onevocab.training import distributed
 
 
 class OptimizerConfig(BaseModel):
@@ -46,7 +47,7 @@ class Muon:
     """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape (or its
     transpose) are one batch of matmuls.
 
-    Every rank that has the same gradients computes the same update.
+    The ranks, which have the same gradients, share the work: a matrix is orthogonalised by one of them.
     """
 
     def __init__(self, named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
@@ -76,13 +77,25 @@ class Muon:
             grad = torch.stack([_wide(p.grad) for p in parameters]).to(momentum.dtype)
             momentum.lerp_(grad, 1 - self.momentum)
             update = grad.lerp_(momentum, self.momentum)
-            update = orthogonalise(update.to(self.dtype or update.dtype)).to(parameters[0].dtype)
+            update = self._orthogonalised(update.to(self.dtype or update.dtype)).to(parameters[0].dtype)
             if self.weight_decay:
                 torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
             for p, u in zip(parameters, update, strict=True):
                 rows, columns = p.shape[0], p.numel() // p.shape[0]
                 scale = max(1.0, rows / columns) ** 0.5
                 p.add_((u if rows <= columns else u.T).reshape(p.shape), alpha=-lr * scale)
+
+    @staticmethod
+    def _orthogonalised(update: Tensor) -> Tensor:
+        """Each rank iterates its share of the matrices, whole ones, and all get all: (count, m, n), the same bits
+        everywhere, whatever the machines."""
+        world = distributed.world()
+        if world == 1:
+            return orthogonalise(update)
+        share = -(-len(update) // world)
+        padded = torch.cat([update, update.new_zeros(share * world - len(update), *update.shape[1:])])
+        mine = padded[distributed.rank() * share : (distributed.rank() + 1) * share]
+        return distributed.all_gather(orthogonalise(mine))[: len(update)]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"momentum.{name}": row for members, momentum in self.groups
