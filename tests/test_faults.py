@@ -77,7 +77,7 @@ def test_killed_at_twenty_moments(whole, tmp_path):
         for _ in range(100):
             process = context.Process(target=_train, args=(folder,))
             process.start()
-            process.join(moments.uniform(0, seconds / 3))
+            process.join(moments.uniform(0, seconds))
             if not process.is_alive():
                 break
             process.kill()

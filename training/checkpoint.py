@@ -49,7 +49,7 @@ def save(folder, step: int, model: nn.Module, model_info: dict, optimizers, stat
     final, aside = folder / f"step-{step}", folder / f".step-{step}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         aside.mkdir()
         rng_tensors, rng_json = _rng_state()
         tensors = {} if optimizers is None else optimizers.tensors()
@@ -69,7 +69,7 @@ def save(folder, step: int, model: nn.Module, model_info: dict, optimizers, stat
         _sync(folder)
         for old in list_steps(folder)[keep:]:
             os.replace(old, folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
-        _sweep(folder)
+        sweep(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {final}: {error}; free some space and start again, "
@@ -187,7 +187,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Removes what an earlier, killed save left aside."""
     for leftover in [*folder.glob(".step-*.part"), *folder.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)

@@ -69,6 +69,8 @@ def train_language(
     and UserError when the loss stays non-finite.
     """
     optimizers = build_optimizers(decoder, config.optimizer)
+    if distributed.is_main():
+        checkpoint.sweep(folder)
     found = checkpoint.load_latest(folder, decoder, optimizers)
     start = found.step if found else 0
     if found:

@@ -1,0 +1,95 @@
+"""Faults one after another while it trains: SOAK_SECONDS of them (60; half an hour before a release)."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_faults import finished, same, start
+
+from onevocab.training import checkpoint
+from onevocab.training.metrics import read_metrics
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
+RANKS = 2
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Processes that torchrun started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == launcher:
+                found.append(int(path.parent.name))
+        except (OSError, ValueError):  # it has just ended
+            continue
+    return found
+
+
+def hurt(what: str, process, folder: Path, choice: random.Random) -> bool:
+    """One fault; returns whether the whole run ends by it and has to be started again."""
+    ranks = ranks_of(process.pid)
+    if what == "kill one" and ranks:
+        os.kill(choice.choice(ranks), signal.SIGKILL)
+    elif what == "freeze one" and ranks:  # until the watchdogs of the others see it
+        os.kill(choice.choice(ranks), signal.SIGSTOP)
+    elif what == "stop":
+        process.terminate()
+    elif what == "kill all":
+        for pid in [process.pid, *ranks]:
+            os.kill(pid, signal.SIGKILL)
+    elif what == "flip a byte":
+        process.terminate()
+        process.wait()
+        newest = checkpoint.list_steps(folder / "stage")[:1]
+        for path in choice.sample(sorted(newest[0].iterdir()), 1) if newest else []:
+            content = bytearray(path.read_bytes())
+            content[choice.randrange(len(content))] ^= 1
+            path.write_bytes(content)
+    return what in ("stop", "kill all", "flip a byte")
+
+
+def outcome(folder: Path, steps: int):
+    newest = checkpoint.list_steps(folder / "stage")[0]
+    assert newest.name == f"step-{steps}"
+    return checkpoint.load_weights(newest)[0], {line["step"]: line["loss_text"]
+                                               for line in read_metrics(folder / "metrics.jsonl")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_nothing_is_lost_whatever_comes(tmp_path):
+    options = ["--save-every", 20, "--stall-seconds", 8]
+    begun = time.monotonic()
+    finished(tmp_path / "timed", "--steps", 200, *options, ranks=RANKS)
+    steps = max(200, int(200 * SECONDS / (time.monotonic() - begun)))
+    finished(tmp_path / "whole", "--steps", steps, *options, ranks=RANKS, seconds=4 * SECONDS + 120)
+
+    choice, faults, folder = random.Random(0), [], tmp_path / "hurt"
+    kinds = ["kill one", "stop", "kill all", "flip a byte", "freeze one"]
+    deadline = time.monotonic() + 20 * SECONDS
+    while True:
+        assert time.monotonic() < deadline, f"not done after {len(faults)} faults"
+        process = start(folder, "--steps", steps, *options, ranks=RANKS, restarts=100,
+                        stderr=subprocess.DEVNULL)  # nobody reads, and a full pipe would stop it
+        while process.poll() is None:
+            if len(faults) * SECONDS / 12 < SECONDS:  # a dozen, then it may end
+                time.sleep(choice.uniform(4, 9))
+                if process.poll() is None:
+                    faults.append(kinds[len(faults) % len(kinds)])
+                    if hurt(faults[-1], process, folder, choice):
+                        break
+            else:
+                time.sleep(0.2)
+        process.communicate()
+        if process.returncode == 0 and (folder / "stage" / f"step-{steps}").exists():
+            break
+    assert len(set(faults)) >= 3, faults
+    assert same(outcome(folder, steps), outcome(tmp_path / "whole", steps))
+    sizes = [line["memory_bytes"] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    assert max(sizes) <= 1.02 * sizes[len(sizes) // 10]
+    assert not [path.name for path in (folder / "stage").iterdir() if not re.fullmatch(r"step-\d+", path.name)]
