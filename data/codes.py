@@ -74,8 +74,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
             check_header(shown(shard), found, tokenizers.hash)
         header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
         if out.exists() and _is_done(out, header, overwrite):
-            before, after = _count(local), _count(out)
-            bad.known(before, before - after)
+            _count_known(bad, local, out)
             stats.skipped += 1
             done += size or 0
             bar.update(done - bar.n)
@@ -109,8 +108,10 @@ def _is_done(out: Path, header: dict, overwrite: bool) -> bool:
     return False
 
 
-def _count(shard) -> int:
-    return len(build_index(shard, must_save=False).first) - 1
+def _count_known(bad: BadSamples, raw: Path, codes: Path) -> None:
+    """Counts the samples of a shard that has its codes; those that are not among them are bad."""
+    before, after = (len(build_index(shard, must_save=False).first) - 1 for shard in (raw, codes))
+    bad.known(before, before - after)
 
 
 def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | None:
@@ -121,8 +122,7 @@ def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | 
         out = Path(out_folder) / local_name(shard)
         if not out.exists():
             return None
-        before, after = _count(cache.fetch(shard)), _count(out)
-        bad.known(before, before - after)
+        _count_known(bad, cache.fetch(shard), out)
     bad.finish()
     return bad.seen, bad.bad
 
@@ -140,15 +140,15 @@ def _fingerprint(shard: Path) -> str:
 
 
 def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) -> None:
-    pending: list[tuple[Sample, list[str]]] = []
+    pending: list[tuple[Sample, dict[str, bytes | None]]] = []  # with the digests of its media, None of codes
     known: dict[bytes, bytes | str] = {}  # digest of a medium -> codes: what comes again is encoded once a shard
-    waiting: dict[bytes, str] = {}
+    waiting: dict[bytes, tuple[str, bytes]] = {}  # digest -> (modality, file)
     with ShardFile(out, header) as writer:
         def flush():
-            known.update((_digest(file), codes) for file, codes in _encode(waiting, tokenizers).items())
-            for sample, endings in pending:
+            known.update(_encode(waiting, tokenizers))
+            for sample, digests in pending:
                 try:
-                    writer.write(sample.key, _with_codes(sample, endings, known))
+                    writer.write(sample.key, _with_codes(sample, digests, known))
                 except (BadSample, ValueError, RecursionError) as error:
                     bad.add(error if isinstance(error, BadSample)
                             else BadSample(sample.key, sample.shard, str(error)))
@@ -163,55 +163,54 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 
         for sample in samples:
             try:
-                endings = list(dict.fromkeys(media_endings(turns_of(sample))))
+                endings = media_endings(turns_of(sample))
+                digests = {ending: None if ending.endswith("npy") else hashlib.sha256(sample.members[ending]).digest()
+                           for ending in dict.fromkeys(endings)}
             except BadSample as error:
                 bad.add(error)
                 stats.bad += 1
                 continue
-            pending.append((sample, endings))
-            for ending in endings:
-                if not ending.endswith("npy") and _digest(sample.members[ending]) not in known:
-                    waiting[sample.members[ending]] = modality_of_ending(ending)
+            pending.append((sample, digests))
+            for ending, digest in digests.items():
+                if digest is not None and digest not in known:
+                    waiting[digest] = modality_of_ending(ending), sample.members[ending]
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
 
 
-def _digest(file: bytes) -> bytes:
-    return hashlib.sha256(file).digest()
-
-
-def _encode(media: dict[bytes, str], tokenizers) -> dict[bytes, bytes | str]:
-    """{file: modality} -> {file: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
+def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, bytes | str]:
+    """{digest: (modality, file)} -> {digest: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
     result: dict[bytes, bytes | str] = {}
     for modality, encode in (("image", tokenizers.encode_images), ("audio", tokenizers.encode_audios)):
-        files = [file for file, kind in media.items() if kind == modality]
+        files = {digest: file for digest, (kind, file) in media.items() if kind == modality}
         if not files:
             continue
         if modality not in tokenizers.vocab.spans:
             raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            result.update(zip(files, (codes_to_npy(codes, n_codes) for codes in encode(files)), strict=True))
+            found = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
+            result.update(zip(files, found, strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
-            for file in files:
+            for digest, file in files.items():
                 try:
-                    result[file] = codes_to_npy(encode([file])[0], n_codes)
+                    result[digest] = codes_to_npy(encode([file])[0], n_codes)
                 except UNDECODABLE as error:
-                    result[file] = str(error) or type(error).__name__
+                    result[digest] = str(error) or type(error).__name__
     return result
 
 
-def _with_codes(sample: Sample, endings: list[str], codes: dict) -> dict[str, bytes]:
+def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -> dict[str, bytes]:
     """The sample's members with media replaced by codes, and the JSON's `file` rewritten. Raises BadSample."""
-    renamed = {ending: codes_ending(ending) for ending in endings}
+    renamed = {ending: codes_ending(ending) for ending in digests}
     if len(set(renamed.values())) < len(renamed):
-        raise BadSample(sample.key, sample.shard, f"media that differ only in their kind: {', '.join(endings)}")
+        raise BadSample(sample.key, sample.shard, f"media that differ only in their kind: {', '.join(digests)}")
     members = {ending: content for ending, content in sample.members.items() if ending in ("json", "txt")}
     for ending, new in renamed.items():
-        content = sample.members[ending]
-        if not ending.endswith("npy"):
-            content = codes[_digest(content)]
+        content, digest = sample.members[ending], digests[ending]
+        if digest is not None:
+            content = codes[digest]
             if isinstance(content, str):
                 raise BadSample(sample.key, sample.shard, f"member {ending}: {content}")
         else:

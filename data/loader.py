@@ -100,14 +100,13 @@ class PackedLoader:
     sources: one or several of `Source`, or paths; each a folder, glob or shard of codes, or of raw media, which are
     encoded here (slowly). keep: a folder for encoded documents, which are then read from there (see data/store.py);
     without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet
-    (0 and 1: this one).
-    Plain texts longer than a row are cut into several documents, other documents never. Raises UserError when there
-    are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide over the ranks.
+    (0 and 1: this one). Plain texts longer than a row are cut into several documents, other documents never. Raises
+    UserError when there are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide
+    over the ranks.
     """
 
     def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
-                 world: int = 1, seed: int = 0, keep: Path | None = None,
-                 workers: int = 1):
+                 world: int = 1, seed: int = 0, keep: Path | None = None, workers: int = 1):
         self.config = config = config or LoaderConfig()
         self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
         if config.rows_per_step % world:

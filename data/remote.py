@@ -256,8 +256,11 @@ def _decompressed(stream: io.BufferedReader, source: str):
     start = stream.peek(len(ZSTD))
     if start.startswith(GZIP):
         return gzip.GzipFile(fileobj=stream, mode="rb")
-    if not start.startswith(ZSTD):
-        return stream
+    return unpacked_zstd(stream, source) if start.startswith(ZSTD) else stream
+
+
+def unpacked_zstd(stream, source):
+    """A stream of what a zstd file holds. Raises UserError without the package zstandard."""
     try:
         import zstandard
     except ImportError:

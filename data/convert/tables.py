@@ -18,6 +18,7 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert.samples import Dropped, Row
+from onevocab.data.remote import unpacked_zstd
 
 MAX_LINE = 64 << 20  # bytes
 BATCH = 64  # rows of columns in memory at once: a row may hold pictures
@@ -157,14 +158,8 @@ def _streams(path: Path) -> Iterator[io.BufferedIOBase]:
                     with archive.open(name) as file:
                         yield file
     elif path.suffix.lower() == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path} is compressed by zstd: pip install zstandard, or decompress it") from None
         with open(path, "rb") as packed:
-            # The window bounds the memory that a hostile file can ask for.
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-            yield io.BufferedReader(unpacker.stream_reader(packed, read_across_frames=True))
+            yield io.BufferedReader(unpacked_zstd(packed, path))
     else:
         with open(path, "rb") as file:
             yield file
