@@ -41,7 +41,7 @@ from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
 from onevocab.training.loop import NextTokenLoss, train_language
 from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
-from onevocab.training.plan import activations, device_flops, flops_per_token, lines, plan, probe, si
+from onevocab.training.plan import activations, device_flops, lines, plan, probe, si
 from onevocab.training.precision import choose
 
 
@@ -57,13 +57,15 @@ class LanguageStage(TrainConfig, StageData):
 
 
 class RunConfig(BaseModel):
-    """One TOML file. folder: where the run lives; threads: CPU threads a rank (0: torch's choice)."""
+    """One TOML file. folder: where the run lives; threads: CPU threads a rank (0: torch's choice); device_flops: FLOP/s
+    of a device as its data sheet says, for the MFU (0: what a plain product reaches here)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: str
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0)
+    device_flops: float = Field(default=0.0, ge=0)
     wandb: str | None = None
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
@@ -93,7 +95,8 @@ def read_config(path, overrides: list[str]) -> RunConfig:
 
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
-INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds"}
+INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_rows", "parallel",
+              "recompute", "compile", "background_save"}
 
 
 class Stage(NamedTuple):
@@ -254,11 +257,13 @@ class Run:
     def _gather_tokenizers(self) -> None:
         media = {}
         for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
-            found = checkpoint.load_latest(self.folder / tokenizer.name, tokenizer, restore_rng=False)
-            if found and found.damaged:
-                raise UserError(f"{found.damaged[0]}; remove {self.folder / tokenizer.name / 'done.json'} to train its "
-                                "last steps again")
-            if found:
+            if steps := checkpoint.list_steps(self.folder / tokenizer.name):
+                try:
+                    weights, _ = checkpoint.load_weights(steps[0])
+                except UserError as error:
+                    raise UserError(f"{error}; remove {self.folder / tokenizer.name / 'done.json'} to train its last "
+                                    "steps again") from None
+                checkpoint.load_into(tokenizer, weights, steps[0])
                 media[tokenizer.name] = tokenizer
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
         Tokenizers(text, media).save(self.folder / "tokenizers")
@@ -285,8 +290,9 @@ class Run:
             checkpoint.load_into(decoder, checkpoint.load_weights(steps[0])[0], steps[0])
         info = {"config": self.config.model.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
+        peak = self.config.device_flops or device_flops(self.device, choose(settings.precision, self.device))[0]
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
-                       self.device)
+                       self.device, peak)
 
 
 def placed(folder: Path, path: str) -> str:
@@ -295,7 +301,7 @@ def placed(folder: Path, path: str) -> str:
 
 
 class PlanConfig(BaseModel):
-    """What `--plan` supposes. flops: a device's, in FLOP/s (0: measured here); watts: a device's and its share of the
+    """What `--plan` supposes. flops: a device's, in FLOP/s (0: `device_flops`); watts: a device's and its share of the
     rest (0: no energy)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -324,26 +330,30 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
 
     with torch.device("meta"):
         model = network(config.model.layers, vocabulary.size)
+    layer = 4 * sum(p.numel() for p in model.decoder.layers[0].parameters())
+    outside = 4 * sum(p.numel() for p in model.parameters()) - layer * config.model.layers
     found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
              f"({source})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
-        loader, shape = stage.loader, config.model
+        loader = stage.loader
         if loader.rows_per_step % supposed.devices:
             raise UserError(f"{name}: rows_per_step = {loader.rows_per_step} does not divide over {supposed.devices} "
                             "devices; choose a multiple")
         precision = choose(stage.precision, device)
         rows = loader.rows_per_step // supposed.devices
         at_once = min(stage.micro_rows or rows, rows)
-        looked_up = 0 if shape.tied else vocabulary.size * shape.dim
-        matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1) - looked_up
-        work = flops_per_token(matrices, shape.layers, shape.heads, shape.head_dim, loader.row_length / 2)
         # Everything but the head's weight, which is not among them, is the same for a small vocabulary.
-        kept = activations(lambda layers: network(layers, 1024), probe(Batch, 1024), shape.layers,
-                           at_once * loader.row_length, precision)
-        flops = supposed.flops or device_flops(device, precision)[0]
+        kept = activations(lambda layers: network(layers, 1024), probe(Batch, 1024), config.model.layers,
+                           at_once * loader.row_length, precision, stage.recompute)
+        sharded = stage.parallel == "fsdp2" and supposed.devices > 1
+        # FSDP2 gathers a layer while the one before it computes, in the precision of its matmuls.
+        gathered = outside + 2 * layer // (2 if precision == "bfloat16" else 1) if sharded else 0
+        made = plan(model, model.decoder.flops(1, loader.row_length / 2), kept, stage.optimizer,
+                    supposed.devices if sharded else 1, gathered)
+        flops = supposed.flops or config.device_flops or device_flops(device, precision)[0]
         words = f"{stage.steps:,} steps of {loader.rows_per_step} rows of {loader.row_length:,}, {at_once} at once"
-        found += lines(name, plan(model, work, kept), stage.steps * loader.rows_per_step * loader.row_length, words,
-                       supposed.devices, flops, supposed.mfu, supposed.watts)
+        tokens = stage.steps * loader.rows_per_step * loader.row_length
+        found += lines(name, made, tokens, words, supposed.devices, flops, supposed.mfu, supposed.watts)
         if (folder / "codes" / "done.json").is_file():
             found += _source_lines(config, stage)
     return found
@@ -400,6 +410,7 @@ def main() -> None:
             print(stopped, file=sys.stderr)
     finally:
         distributed.finish()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -111,6 +111,15 @@ class Decoder(nn.Module):
         """(V, dim)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def flops(self, tokens: float, keys: float) -> float:
+        """Of a forward and a backward pass over `tokens` that together see `keys`: 6 for each number in a matrix, a
+        tied head once and a table that is only looked up not at all, 12 for each visible key, head and width of a
+        layer (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
+        looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1) - looked_up
+        width = self.config.layers * self.config.heads * self.config.head_dim
+        return 6 * matrices * tokens + 12 * width * keys
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, S, D/2) of positions (B, S); the angles are computed in float32 or better."""
         dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)

@@ -16,7 +16,8 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder, qwen3_config
 from onevocab.training.loop import NextTokenLoss, backward
 from onevocab.training.muon import OptimizerConfig, build_optimizers
-from onevocab.training.plan import activations, flops_per_token, plan
+from onevocab.training.parallel import recompute_layers
+from onevocab.training.plan import activations, plan
 
 CPU = torch.device("cpu")
 SHAPES = [ModelConfig(), ModelConfig(dim=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_dim=768, tied=False)]
@@ -39,9 +40,7 @@ def test_flops_are_those_that_torch_counts(config):
     ids = torch.randint(vocabulary, (2, length))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()
-    matrices = sum(p.numel() for p in Decoder(config, vocabulary).parameters() if p.dim() > 1)
-    matrices -= 0 if config.tied else vocabulary * config.dim  # an embedding of its own is only looked up
-    planned = flops_per_token(matrices, config.layers, config.heads, config.head_dim, length)
+    planned = Decoder(config, vocabulary).flops(1, length)
     assert planned == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.03)
 
 
@@ -56,24 +55,30 @@ def measured_peak(step) -> int:
     return peak
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", SHAPES, ids=["demo", "untied"])
-def test_memory_is_what_is_measured(config, precision):
+def test_memory_is_what_is_measured(config, precision, recompute):
     vocabulary, rows, length = 3072, 16, 256
     module = NextTokenLoss(Decoder(config, vocabulary), 1e-5)
-    optimizers, data = build_optimizers(module.decoder, OptimizerConfig()), batch(rows, length, vocabulary, 64)
+    if recompute:
+        recompute_layers(module.decoder.layers)
+    settings = OptimizerConfig(average=0.9)
+    optimizers, data = build_optimizers(module.decoder, settings), batch(rows, length, vocabulary, 64)
 
     def make(layers: int) -> NextTokenLoss:
         return NextTokenLoss(Decoder(config.model_copy(update={"layers": layers}), vocabulary), 1e-5)
 
-    kept = activations(make, batch(2, 128, vocabulary, 64), config.layers, rows * length, precision)
-    planned = plan(module, 0.0, kept)
+    kept = activations(make, batch(2, 128, vocabulary, 64), config.layers, rows * length, precision,
+                       recompute)
+    planned = plan(module, 0.0, kept, settings)
 
     def step() -> None:
         backward(module, data, 1 / data.weights.sum(), 0, precision, CPU)
         optimizers.step(0.1)
 
-    assert planned.optimizer == sum(x.numel() * x.element_size() for x in optimizers.tensors().values())
+    state = [*optimizers.tensors().values(), *optimizers.averages().values()]
+    assert planned.optimizer == sum(x.numel() * x.element_size() for x in state)
     step()
     optimizers.zero_grad()
     measured = measured_peak(step) + planned.weights + planned.optimizer

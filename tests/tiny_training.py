@@ -119,6 +119,7 @@ def main() -> None:
         print(stopped, file=sys.stderr)
     finally:
         distributed.finish()
+    distributed.leave()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from onevocab.training import checkpoint, distributed
 from onevocab.training.faults import Stopped, StopSignal
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.parallel import replicate
 from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import ScheduleConfig, multiplier
 
@@ -38,14 +38,12 @@ def train_autoencoder(
     optimizers.iterate_in(getattr(torch, precision))
     log.cut_back(stage, start)
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
-    wrapped = DistributedDataParallel(model) if distributed.world() > 1 else model
+    wrapped = replicate(model)
     model.train()
     saved = start
 
     def save(done: int) -> None:
-        if distributed.is_main():
-            checkpoint.save(folder, done, model, {}, optimizers, {"precision": precision})
-        distributed.barrier()
+        checkpoint.save(folder, done, model, {}, optimizers, {"precision": precision})
 
     with StopSignal() as stop, progress(steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, steps):
@@ -70,7 +68,7 @@ def train_autoencoder(
             if done % SAVE_EVERY == 0 or done == steps:
                 save(done)
                 saved = done
-            if distributed.agree(stop.asked, device):
+            if distributed.agree(stop.asked):
                 if saved < done:
                     save(done)
                 raise Stopped(f"{stage} stopped at step {done}; the same command continues")

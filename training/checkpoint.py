@@ -1,37 +1,54 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either whole or not there, whatever the number of ranks.
 
-FOLDER/step-N/ holds `model.safetensors`, `model.json`, `optimizer.safetensors` (optimiser and random-number state),
-`state.json` (the caller's) and `manifest.json` (bytes and sha256 of the others). It is written aside, synced and
+FOLDER/step-N/ holds `model.safetensors` (whole weights), with averaging `averaged.safetensors`, `model.json`,
+`state.json` (the caller's, random-number state), `optimizer/` (a file of each rank, written by torch's distributed
+checkpoint, DCP) and `manifest.json` (bytes and sha256 of the others, and its own). It is written aside, synced and
 renamed, so a kill at any instant leaves the old ones as they were. safetensors and JSON only: reading runs no code.
+DCP puts the optimiser's parts together for any other number of ranks, sharded by FSDP2 or not.
 """
 
+import base64
 import json
 import os
 import random
 import re
 import shutil
 import sys
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onevocab.common.errors import UserError
-from onevocab.common.files import read_json, sha256_file
+from onevocab.common.files import hash_json, read_json, sha256_file
+from onevocab.training import distributed
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's, on one rank
+
+MODEL, AVERAGED, INFO, STATE, MANIFEST = ("model.safetensors", "averaged.safetensors", "model.json", "state.json",
+                                          "manifest.json")
+ALWAYS = {MODEL, INFO, STATE}
 
 
 @dataclass
 class Checkpoint:
-    """What `load_latest` found. `damaged` has one line for each newer checkpoint that could not be used."""
+    """What `find` found. `damaged` has one line for each newer checkpoint that could not be used."""
 
     folder: Path
     step: int
     model_info: dict
     state: dict
+    rng: dict
     damaged: list[str] = field(default_factory=list)
 
     def report_damage(self) -> None:
@@ -39,42 +56,131 @@ class Checkpoint:
             print(f"skipped a damaged checkpoint: {line}", file=sys.stderr)
 
 
-def save(folder, step: int, model: nn.Module, model_info: dict, optimizers, state: dict, keep: int = 2) -> Path:
-    """Writes FOLDER/step-N, then removes all but the newest `keep`. Call it on one rank.
+class Saver:
+    """Writes FOLDER/step-N and then removes all but the newest `keep`. All ranks make the same calls.
 
-    optimizers has `tensors() -> dict[str, Tensor]` (or is None); state and model_info are JSON values. Raises UserError
-    when the disk is full or not writable; what was there before stays.
+    In the background: `save` returns when the state has been copied, a thread writes it, and the checkpoint is there
+    when `finish` has returned, which is to be called once `written` is true on all ranks; `save` does it too.
     """
-    folder = Path(folder)
-    final, aside = folder / f"step-{step}", folder / f".step-{step}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
-        aside.mkdir()
-        rng_tensors, rng_json = _rng_state()
+
+    def __init__(self, folder, keep: int = 2, background: bool = False):
+        self.folder, self.keep, self.background = Path(folder), keep, background
+        self._group = distributed.cpu_group()
+        self._step, self._pending = 0, None
+        self._thread = ThreadPoolExecutor(1)
+
+    def save(self, step: int, model: nn.Module, model_info: dict, optimizers, state: dict) -> None:
+        """optimizers has `tensors()` and `averages()`, both -> dict[str, Tensor] (or is None); state and model_info are
+        JSON values, the first rank's count. Raises UserError on all ranks when any cannot write; what was there
+        before stays."""
+        self.finish()
+        self._step = step
+        try:
+            distributed.together(self._begin)
+        except UserError as error:
+            self._give_up(error)
         tensors = {} if optimizers is None else optimizers.tensors()
-        _save_tensors(aside / "model.safetensors", model.state_dict())
-        _save_tensors(aside / "optimizer.safetensors", tensors | rng_tensors)
-        _save_json(aside / "model.json", model_info)
-        _save_json(aside / "state.json", {"step": step, "state": state, "rng": rng_json})
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(aside.iterdir())}
-        for path in aside.iterdir():
+        if self.background:
+            tensors = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        averages = {} if optimizers is None else optimizers.averages()
+        weights = {name: self._whole(values) for name, values in ((MODEL, model.state_dict()), (AVERAGED, averages))
+                   if values}
+        texts = {INFO: model_info, STATE: {"step": step, "state": state, "rng": _rng_state()}}
+        self._pending = Future()
+        if self.background:
+            self._pending = self._thread.submit(self._write, tensors, weights, texts)
+        else:
+            self._pending.set_result(self._write(tensors, weights, texts))
+            self.finish()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part of a checkpoint waits for `finish`."""
+        return self._pending is not None and self._pending.done()
+
+    def finish(self) -> None:
+        """Makes what was being written the newest checkpoint. Does nothing when nothing was."""
+        if self._pending is None:
+            return
+        files, error = self._pending.result()
+        self._pending = None
+        parts = distributed.gather((files, error))
+        try:
+            if errors := [error for _, error in parts if error]:
+                raise UserError(errors[0])
+            files = {name: entry for files, _ in parts for name, entry in files.items()}
+            distributed.together(lambda: distributed.is_main() and self._commit(files))
+        except UserError as error:
+            self._give_up(error)
+
+    @property
+    def _aside(self) -> Path:
+        return self.folder / f".step-{self._step}.part"
+
+    def _begin(self) -> None:
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            self._aside.mkdir()
+
+    def _whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the first rank's CPU, one after the other, copies of what training goes on to change; the
+        other ranks only give their parts."""
+        kept = {}
+        for name, value in tensors.items():
+            value = distributed.whole(value.detach())
+            if distributed.is_main():
+                copy = self.background and value.device.type == "cpu"
+                kept[name] = (value.clone() if copy else value.cpu()).contiguous()
+        return kept
+
+    def _write(self, tensors: dict, weights: dict, texts: dict) -> tuple[dict, str | None]:
+        """(this rank's files, None), or (nothing, what went wrong). In the background: no collective but DCP's."""
+        aside, own = self._aside, []
+        try:
+            if tensors:  # before the first rank's own files: a rank that fails alone would let the others wait
+                writer = HuggingFaceStorageWriter(str(aside / "optimizer"), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=distributed.world() == 1)
+                own += aside.glob(f"optimizer/shard-{distributed.rank() + 1:05d}-*")
+            if distributed.is_main():
+                for name, values in weights.items():
+                    save_file(values, aside / name)
+                for name, value in texts.items():
+                    _save_json(aside / name, value)
+                own += [aside / name for name in (*weights, *texts)]
+            for path in own:
+                _sync(path)
+            return {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+                    for path in own}, None
+        except dcp.CheckpointException as error:
+            return {}, "; ".join(str(failure[0]) for failure in error.failures.values())
+        except (OSError, SafetensorError) as error:
+            return {}, str(error)
+
+    def _commit(self, files: dict) -> None:
+        aside, final = self._aside, self.folder / f"step-{self._step}"
+        _save_json(aside / MANIFEST, {"files": files, "sha256": hash_json(files)})
+        for path in (aside / MANIFEST, *(folder for folder in aside.iterdir() if folder.is_dir()), aside):
             _sync(path)
-        _save_json(aside / "manifest.json", {"step": step, "files": files})
-        _sync(aside / "manifest.json")
-        _sync(aside)
         if final.exists():
-            os.replace(final, folder / f".step-{step}.old")
+            os.replace(final, self.folder / f".step-{self._step}.old")
         os.replace(aside, final)
-        _sync(folder)
-        for old in list_steps(folder)[keep:]:
-            os.replace(old, folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
-        sweep(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"cannot write the checkpoint {final}: {error}; free some space and start again, "
-                        "the run continues from its last checkpoint") from None
-    return final
+        _sync(self.folder)
+        for old in list_steps(self.folder)[self.keep :]:
+            os.replace(old, self.folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
+        sweep(self.folder)
+
+    def _give_up(self, error: UserError) -> None:
+        if distributed.is_main():
+            shutil.rmtree(self._aside, ignore_errors=True)
+        raise UserError(f"cannot write the checkpoint {self.folder / f'step-{self._step}'}: {error}; free some space "
+                        "and start again, the run continues from its last checkpoint") from None
+
+
+def save(folder, step: int, model: nn.Module, model_info: dict, optimizers, state: dict, keep: int = 2) -> Path:
+    """`Saver.save` in the foreground; returns FOLDER/step-N."""
+    Saver(folder, keep).save(step, model, model_info, optimizers, state)
+    return Path(folder) / f"step-{step}"
 
 
 def list_steps(folder) -> list[Path]:
@@ -85,87 +191,135 @@ def list_steps(folder) -> list[Path]:
 
 def verify(step_folder, names: list[str] | None = None) -> None:
     """Compares the files (all, or `names`) with the manifest. Raises UserError that names the first bad file."""
-    step_folder = Path(step_folder)
-    manifest = read_json(step_folder / "manifest.json")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(v, dict) and "sha256" in v for v in files.values()):
-        raise UserError(f"{step_folder / 'manifest.json'} is damaged: it lists no files")
-    for name in names or ["model.safetensors", "model.json", "optimizer.safetensors", "state.json"]:
-        path = step_folder / name
+    files = _manifest(Path(step_folder))
+    for name in files if names is None else names:
+        path = Path(step_folder) / name
         if name not in files or not path.is_file():
             raise UserError(f"{path} is missing")
         if path.stat().st_size != files[name].get("bytes") or sha256_file(path) != files[name]["sha256"]:
-            raise UserError(f"{path} is damaged: its contents differ from manifest.json")
+            raise UserError(f"{path} is damaged: its contents differ from {MANIFEST}")
 
 
-def load_latest(folder, model: nn.Module | None = None, optimizers=None, restore_rng: bool = True) -> Checkpoint | None:
-    """The newest whole checkpoint of FOLDER, put into model, optimizers and the random-number generators; None when
-    there is none at all. Damaged ones are skipped and named in the result.
+def _manifest(step_folder: Path) -> dict[str, dict]:
+    path = step_folder / MANIFEST
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    whole = (isinstance(files, dict) and manifest == {"files": files, "sha256": hash_json(files)}
+             and all(isinstance(entry, dict) and "sha256" in entry for entry in files.values())
+             and all(re.fullmatch(r"(optimizer/)?\w[\w.-]*", name) for name in files))
+    if not whole or not ALWAYS <= files.keys():
+        raise UserError(f"{path} is damaged")
+    return files
 
-    Raises UserError when every one is damaged, or when it belongs to another model.
-    """
+
+def load_latest(folder, model: nn.Module, optimizers=None) -> Checkpoint | None:
+    """`find`, then `restore`."""
+    found = find(folder)
+    if found:
+        restore(found, model, optimizers)
+    return found
+
+
+def find(folder) -> Checkpoint | None:
+    """The newest whole checkpoint of FOLDER; None when there is none at all. Damaged ones are skipped and named in the
+    result. All ranks call it, and share the checking. Raises UserError when every one is damaged."""
     damaged = []
-    for step_folder in list_steps(folder):
+    for name in distributed.broadcast([path.name for path in list_steps(folder)]):
+        step_folder = Path(folder) / name
+
+        def check(step_folder=step_folder) -> None:
+            verify(step_folder, sorted(_manifest(step_folder))[distributed.rank() :: distributed.world()])
+
         try:
-            verify(step_folder)
-            saved = read_json(step_folder / "state.json")
-            model_info = read_json(step_folder / "model.json")
+            distributed.together(check)
         except UserError as error:
             damaged.append(str(error))
             continue
-        if model is not None:
-            load_into(model, _load_tensors(step_folder / "model.safetensors"), step_folder)
-        tensors = _load_tensors(step_folder / "optimizer.safetensors")
-        if optimizers is not None:
-            optimizers.load_tensors(tensors)
-        if restore_rng:
-            _restore_rng(tensors, saved["rng"])
-        return Checkpoint(step_folder, saved["step"], model_info, saved["state"], damaged)
+        saved = read_json(step_folder / STATE)
+        info = read_json(step_folder / INFO)
+        return Checkpoint(step_folder, saved["step"], info, saved["state"], saved["rng"], damaged)
     if damaged:
         raise UserError(f"no checkpoint in {folder} can be used: {'; '.join(damaged)}; remove them to start over")
     return None
 
 
+def restore(found: Checkpoint, model: nn.Module, optimizers=None) -> None:
+    """Puts it into model, optimizers and the random-number generators. All ranks call it. Raises UserError when it
+    belongs to another model."""
+    load_into(model, _load_tensors(found.folder / MODEL), found.folder)
+    if optimizers is not None:
+        _load_optimizers(optimizers, found.folder)
+    _restore_rng(found.rng)
+
+
 def load_weights(step_folder) -> tuple[dict[str, Tensor], dict]:
-    """The weights and `model.json` of one step folder, verified. Raises UserError when it is missing or damaged."""
+    """The weights, averaged ones where there are, and `model.json` of one step folder, verified. Raises UserError when
+    it is missing or damaged."""
     step_folder = Path(step_folder)
     if not step_folder.is_dir():
         raise UserError(f"no checkpoint at {step_folder}")
-    verify(step_folder, ["model.safetensors", "model.json"])
-    return _load_tensors(step_folder / "model.safetensors"), read_json(step_folder / "model.json")
+    weights = AVERAGED if AVERAGED in _manifest(step_folder) else MODEL
+    verify(step_folder, [weights, INFO])
+    return _load_tensors(step_folder / weights), read_json(step_folder / INFO)
 
 
 def load_into(model: nn.Module, tensors: dict[str, Tensor], source) -> None:
-    """Copies weights in. Raises UserError that names the first parameter that does not fit."""
-    own = model.state_dict()
+    """Copies whole weights in, of a model that FSDP2 has sharded too. Raises UserError that names the first parameter
+    that does not fit."""
+    _copy(model.state_dict(), tensors, source)
+
+
+@torch.no_grad()
+def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], source) -> None:
     for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (tensors, own)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{source} is of another model: {name} is {shapes[0]} there and {shapes[1]} here")
-    model.load_state_dict(tensors)
+    for name, target in own.items():
+        value = tensors[name].to(target.device)
+        if isinstance(target, DTensor):  # no source rank: each takes its part of what it has read itself
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        distributed.local(target).copy_(distributed.local(value))
 
 
-def _rng_state() -> tuple[dict[str, Tensor], dict]:
+def _load_optimizers(optimizers, step_folder: Path) -> None:
+    wanted, averages = optimizers.tensors(), optimizers.averages()
+    if averages:
+        _copy(averages, _load_tensors(step_folder / AVERAGED), step_folder)
+    reader = HuggingFaceStorageReader(str(step_folder / "optimizer"))
+    found = reader.read_metadata().state_dict_metadata
+    for name, tensor in wanted.items():
+        shape = tuple(found[name].size) if name in found else "nothing"
+        if shape != tuple(tensor.shape):
+            raise UserError(f"{step_folder}: optimiser state {name}: expected shape {tuple(tensor.shape)}, found "
+                            f"{shape}; the checkpoint belongs to another model, give the run another folder")
+    dcp.load(wanted, storage_reader=reader, process_group=distributed.cpu_group(), no_dist=distributed.world() == 1)
+
+
+def _rng_state() -> dict:
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    tensors = {"rng.torch": torch.get_rng_state(), "rng.numpy": torch.from_numpy(keys.astype(np.int64))}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return tensors, {"python": [version, list(words), gauss], "numpy": [name, position, has_gauss, cached]}
+    state = {"python": [version, list(words), gauss], "numpy": [name, keys.tolist(), position, has_gauss, cached],
+             "torch": _text(torch.get_rng_state())}
+    return state | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
 
 
-def _restore_rng(tensors: dict[str, Tensor], saved: dict) -> None:
-    torch.set_rng_state(tensors["rng.torch"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+def _restore_rng(saved: dict) -> None:
+    torch.set_rng_state(_bytes(saved["torch"]))
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
-    name, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((name, tensors["rng.numpy"].numpy().astype(np.uint32), position, has_gauss, cached))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
 
 
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: value.detach().contiguous().cpu() for name, value in tensors.items()}, path)
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

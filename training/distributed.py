@@ -1,17 +1,29 @@
 """The few collective operations that training needs. Without torchrun there is one rank and no process group."""
 
+import hashlib
 import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from onevocab.common.errors import UserError
 
+T = TypeVar("T")
+TOGETHER = timedelta(minutes=30)  # how long ranks wait for each other at the start
+
 
 def init(device: str = "auto") -> torch.device:
-    """Joins torchrun's process group if there is one (gloo on CPU, nccl on GPU); returns this rank's device.
+    """Joins torchrun's process group if there is one (gloo for CPU tensors, nccl for a GPU's); returns this rank's
+    device.
 
     device is "auto" (a GPU when there is one), "cpu" or "cuda". Raises UserError when "cuda" is asked for and missing.
     """
@@ -23,8 +35,40 @@ def init(device: str = "auto") -> torch.device:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=4))
+        store, index, count = next(iter(dist.rendezvous("env://", timeout=TOGETHER)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(hours=4),
+                                store=_fresh(store, index, count), rank=index, world_size=count)
     return chosen
+
+
+def _fresh(store: dist.Store, index: int, count: int) -> dist.Store:
+    """A part of the store that no earlier start has written to.
+
+    With --max-restarts torchrun hands every start the same store, where the addresses of ranks that are gone still
+    stand (torch 2.13): gloo then connects to nobody, for hours. So each rank greets with a word of its own, the first
+    one proposes what it read, and settles it when all have found their own word in the very same proposal.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + TOGETHER.total_seconds()
+    store.set(f"start/word/{index}", word)
+    while time.monotonic() < deadline:
+        if index == 0:
+            words = ",".join([word, *(store.get(f"start/word/{i}").decode() for i in range(1, count))])
+            name = hashlib.sha256(words.encode()).hexdigest()
+            store.set("start/proposed", words)
+            agreed = [f"start/agreed/{i}" for i in range(1, count)]
+            if all(store.check([key]) and store.get(key).decode() == name for key in agreed):
+                store.set("start/settled", words)
+                return dist.PrefixStore(name, store)
+        else:
+            for key in ("start/settled", "start/proposed"):
+                words = store.get(key).decode() if store.check([key]) else ""
+                if word in words:
+                    name = hashlib.sha256(words.encode()).hexdigest()
+                    if key == "start/settled":
+                        return dist.PrefixStore(name, store)
+                    store.set(f"start/agreed/{index}", name)
+        time.sleep(0.01)
+    raise UserError(f"rank {index} has waited {TOGETHER.total_seconds():.0f} s for {count - 1} other ranks to start")
 
 
 def rank() -> int:
@@ -58,12 +102,51 @@ def all_gather(tensor: Tensor) -> Tensor:
     return joined
 
 
-def agree(flag: bool, device="cpu") -> bool:
+def all_to_all(tensor: Tensor) -> Tensor:
+    """(ranks, ...) -> (ranks, ...): row r goes to rank r; row r of the result came from rank r."""
+    received = torch.empty_like(tensor)
+    dist.all_to_all_single(received, tensor.contiguous())
+    return received
+
+
+def count(*flags: bool) -> list[int]:
+    """On how many ranks each flag is true."""
+    return all_reduce_sum(torch.tensor([int(flag) for flag in flags])).tolist()
+
+
+def agree(flag: bool) -> bool:
     """True on every rank when it is true on any: how all ranks stop, or skip, together."""
-    if world() == 1:
-        return bool(flag)
-    backend_device = device if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
-    return bool(all_reduce_sum(torch.tensor([int(flag)], device=backend_device)).item())
+    return count(flag)[0] > 0
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP2 has sharded, the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every rank (all must ask); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def together(work: Callable[[], T]) -> T:
+    """work() on every rank, or UserError on every rank when it raised one (or OSError) on any: nobody waits for a rank
+    that has given up."""
+    result, error = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as caught:
+        error = str(caught)
+    errors = [text for text in gather(error) if text]
+    if errors:
+        raise UserError(errors[0])
+    return result
+
+
+@cache
+def cpu_group() -> dist.ProcessGroup | None:
+    """A gloo group beside the usual one, for what a background thread exchanges. All ranks must ask at once."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def broadcast(value, source: int = 0):
@@ -87,4 +170,14 @@ def gather(value) -> list:
 def finish() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
+        cpu_group.cache_clear()
         dist.destroy_process_group()
+
+
+def leave() -> None:
+    """Ends a process whose work is done. A rank of several ends at once: what torch 2.13 tears down after Python's exit
+    aborts now and then once there was a device mesh (3 of 72 ranks), which torchrun takes for a failure."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -2,11 +2,10 @@
 
 import math
 import time
-from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from onevocab.common.errors import UserError
 from onevocab.kernels.attention import IntervalMask
@@ -14,24 +13,42 @@ from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.training import checkpoint, distributed
 from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped, StopSignal, Watchdog
-from onevocab.training.metrics import MetricsLog, peak_memory, progress
+from onevocab.training.metrics import MetricsLog, Totals, peak_memory, progress
 from onevocab.training.muon import build_optimizers
+from onevocab.training.parallel import exchange, replicate, shard
 from onevocab.training.precision import autocast, choose
 from onevocab.training.schedule import multiplier
 
+WATCHED = 256  # tokens whose log(Z) is looked at
+
 
 class NextTokenLoss(nn.Module):
-    """decoder: ids (B, S), positions (B, S), IntervalMask -> hidden (B, S, dim), with `head_weight` (V, dim)."""
+    """decoder: ids (B, S), positions (B, S), IntervalMask -> hidden (B, S, dim), with `norm`, the last one, and
+    `head_weight` (V, dim).
+
+    While `watch` is on, `signals` holds what tells early that a run will diverge (Chameleon, 2024): `output_norm`, the
+    root mean square of what enters the last norm, and `z`, the mean of log(Z) over some tokens that count.
+    """
 
     def __init__(self, decoder: nn.Module, z_loss: float):
         super().__init__()
         self.decoder, self.z_loss = decoder, z_loss
+        self.watch, self.signals = False, {}
+        decoder.norm.register_forward_pre_hook(self._look)
+
+    def _look(self, _, inputs: tuple) -> None:
+        if self.watch:
+            self.signals["output_norm"] = inputs[0].detach().float().square().mean().sqrt()
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """-> (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is)."""
-        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document))
-        return linear_cross_entropy(hidden.flatten(0, 1), self.decoder.head_weight, batch.targets.flatten(),
-                                    batch.weights.flatten(), self.z_loss)
+        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document)).flatten(0, 1)
+        head, weights = self.decoder.head_weight, batch.weights.flatten()
+        if self.watch:
+            rows = weights.nonzero()[:WATCHED, 0]
+            logits = F.linear(hidden.detach()[rows], head.detach().to(hidden.dtype))
+            self.signals["z"] = logits.float().logsumexp(-1).mean()
+        return linear_cross_entropy(hidden, head, batch.targets.flatten(), weights, self.z_loss)
 
 
 def backward(
@@ -48,8 +65,7 @@ def backward(
     for start in range(0, rows, micro_rows or rows):
         stop = min(start + (micro_rows or rows), rows)
         part = batch if stop - start == rows else type(batch)(*(column[start:stop] for column in columns))
-        wait = stop < rows and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if wait else nullcontext():
+        with exchange(model, now=stop == rows):
             with autocast(precision, device):
                 loss, nll = model(part)
             (loss * scale).backward()
@@ -58,49 +74,62 @@ def backward(
     return mean, torch.cat(nlls)
 
 
+def keep_new_rows(decoder: nn.Module, old_rows: int) -> None:
+    """Of all gradients leaves only those of the embedding's and the head's rows from `old_rows` on."""
+    tables = {id(decoder.embed_tokens.weight), id(decoder.head_weight)}
+    for parameter in decoder.parameters():
+        if id(parameter) not in tables:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            rows = distributed.local(parameter.grad)
+            here = rows is not parameter.grad  # FSDP2's parts: as many rows on each rank, the last ones fewer
+            first = distributed.rank() * -(-len(parameter) // distributed.world()) if here else 0
+            rows[: max(0, old_rows - first)] = 0
+
+
 def train_language(
     decoder: nn.Module, loader, config: TrainConfig, folder, model_info: dict, modalities: list[str],
-    log: MetricsLog, stage: str, device: torch.device,
+    log: MetricsLog, stage: str, device: torch.device, peak_flops: float = 0.0, old_rows: int = 0,
 ) -> None:
     """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
 
     loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, weights, modality, positions,
-    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. Raises Stopped after a signal,
-    and UserError when the loss stays non-finite.
+    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops: of a device, in
+    FLOP/s, for the MFU (0: none is said); old_rows: of the vocabulary, which `new_rows_steps` leaves as they are.
+    Raises Stopped after a signal, and UserError when the loss stays non-finite.
     """
-    optimizers = build_optimizers(decoder, config.optimizer)
     if distributed.is_main():
         checkpoint.sweep(folder)
-    found = checkpoint.load_latest(folder, decoder, optimizers)
+    found = checkpoint.find(folder)
     start = found.step if found else 0
-    if found:
-        found.report_damage()
-        loader.load_state_dict(found.state["loader"])
-    log.cut_back(stage, start)
     # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
     precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
+    decoder.train()
+    module = NextTokenLoss(decoder, config.z_loss)
+    shard(module, decoder.layers, config, precision, device)
+    optimizers = build_optimizers(decoder, config.optimizer)
+    totals = Totals(modalities, device)
+    if found:
+        found.report_damage()
+        checkpoint.restore(found, decoder, optimizers)
+        loader.load_state_dict(found.state["loader"])
+        totals.load(found.state["unreported"])
+    model = replicate(module)
+    log.cut_back(stage, start)
+    saver = checkpoint.Saver(folder, background=config.background_save == "on" or (
+        config.background_save == "auto" and device.type == "cuda"))
 
     def save(step: int) -> None:
         watchdog.waits_for("the checkpoint", step)
-        unreported = distributed.gather(sums.tolist())
-        if distributed.is_main():
-            state = {"loader": loader.state_dict(), "precision": precision, "unreported": unreported}
-            checkpoint.save(folder, step, decoder, model_info, optimizers, state)
-        distributed.barrier()
+        state = {"loader": loader.state_dict(), "precision": precision, "unreported": totals.gathered()}
+        saver.save(step, decoder, model_info, optimizers, state)
 
-    module = NextTokenLoss(decoder, config.z_loss)
-    model = DistributedDataParallel(module) if distributed.world() > 1 else module
-    decoder.train()
-    # Weighted nll, weights, tokens of each modality since the last report.
-    sums = torch.zeros(3, len(modalities), device=device, dtype=torch.float64)
-    if found:  # of another number of ranks: together they are the same
-        parts = torch.tensor(found.state["unreported"], device=device, dtype=sums.dtype)
-        same_ranks = len(parts) == distributed.world()
-        sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
     bad, waited, began, saved = 0, 0.0, time.perf_counter(), start
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
     with StopSignal() as stop, watchdog, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
+            done = step + 1
+            report = done % config.log_every == 0 or done == config.steps
             watchdog.waits_for("data", step)
             asked = time.perf_counter()
             batch = loader.next_batch().to(device)
@@ -108,44 +137,46 @@ def train_language(
             watchdog.waits_for("the update", step)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
             optimizers.zero_grad()
-            # DDP averages gradients over ranks; times their number is the sum, over the weight of all of them.
+            # DDP and FSDP2 average gradients over ranks; times their number is the sum, over the weight of all of them.
             scale = distributed.world() / total_weight.clamp_min(1e-6)
+            module.watch = report
             mean, nll = backward(model, batch, scale, config.micro_rows, precision, device)
-            norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.clip)
+            if step < config.new_rows_steps:
+                keep_new_rows(decoder, old_rows)
+            norm = distributed.whole(nn.utils.clip_grad_norm_(decoder.parameters(), config.clip))
             rate = multiplier(config.schedule, step, config.steps)
-            if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item())), device):
+            if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item()))):
                 bad += 1
-                log.write(stage, step + 1, skipped="non-finite loss")
+                log.write(stage, done, skipped="non-finite loss")
                 if bad >= config.max_bad_steps:
-                    raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {step + 1}; "
+                    raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {done}; "
                                     f"start again with lower learning rates from {folder}")
             else:
                 bad = 0
-                optimizers.step(rate)
+                optimizers.step(rate, decay=1 - step / config.steps)
+                if optimizers.average:
+                    optimizers.average.step(done)
 
-            kind, weights = batch.modality.flatten().long(), batch.weights.flatten().to(sums.dtype)
-            sums[0].index_add_(0, kind, nll.to(sums.dtype) * weights)
-            sums[1].index_add_(0, kind, weights)
-            sums[2].index_add_(0, kind, (batch.document.flatten() >= 0).to(sums.dtype))
+            totals.add(batch, nll)
             bar.update()
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                distributed.all_reduce_sum(sums)
+            if report:
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                loss_sums, weight_sums, tokens = sums.tolist()
-                means = zip(modalities, loss_sums, weight_sums, strict=True)
-                losses = {name: total / weight for name, total, weight in means if weight}
-                speed = sum(tokens) / seconds
-                bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()} | {"tok/s": f"{speed:,.0f}"})
-                log.write(stage, done, **{f"loss_{name}": value for name, value in losses.items()},
-                          tokens_per_second=speed, gradient_norm=norm.item(), learning_rate=rate,
+                values = totals.report(seconds, decoder.flops, peak_flops)
+                bar.set_postfix({name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()
+                                 if name.startswith("loss_")} | {"tok/s": f"{values['tokens_per_second']:,.0f}"})
+                signals = {name: value.item() for name, value in module.signals.items()}
+                log.write(stage, done, **values, gradient_norm=norm.item(), **signals, learning_rate=rate,
                           waiting_for_data=waited / seconds, memory_bytes=peak_memory(device))
-                sums.zero_()
                 waited = 0.0
             if done % config.save_every == 0 or done == config.steps:
                 save(done)
                 saved = done
-            if distributed.agree(stop.asked, device):
+            asked_to_stop, written = distributed.count(stop.asked, saver.written)
+            if written == distributed.world():
+                saver.finish()
+            if asked_to_stop:
                 if saved < done:
                     save(done)
+                saver.finish()
                 raise Stopped(f"{stage} stopped at step {done}; the same command continues")
+        saver.finish()

@@ -4,12 +4,55 @@ import io
 import json
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from onevocab.common.files import write_atomic
+from onevocab.training import distributed
+
+
+class Totals:
+    """Sums by modality since the last report, in float64: weighted nll, weights, tokens, keys that these see."""
+
+    def __init__(self, modalities: list[str], device: torch.device):
+        self.modalities = modalities
+        self.sums = torch.zeros(4, len(modalities), device=device, dtype=torch.float64)
+
+    def add(self, batch, nll: Tensor) -> None:
+        """A step of this rank; nll (B * S,) in nats."""
+        kind, weights = batch.modality.flatten().long(), batch.weights.flatten().to(self.sums.dtype)
+        real = (batch.document.flatten() >= 0).to(self.sums.dtype)
+        keys = (batch.positions.flatten() + 1) * real
+        for total, values in zip(self.sums, (nll.to(weights.dtype) * weights, weights, real, keys), strict=True):
+            total.index_add_(0, kind, values)
+
+    def report(self, seconds: float, flops: Callable[[float, float], float], peak_flops: float) -> dict[str, float]:
+        """Losses and tokens a second, by modality and together, of all ranks, then starts anew. flops: tokens and keys
+        -> FLOPs of a step; peak_flops: of a device, in FLOP/s; with it also `mfu`, their part of it."""
+        losses, weights, tokens, keys = distributed.all_reduce_sum(self.sums).tolist()
+        self.sums.zero_()
+        values = {f"loss_{name}": loss / weight
+                  for name, loss, weight in zip(self.modalities, losses, weights, strict=True) if weight}
+        values["tokens_per_second"] = sum(tokens) / seconds
+        values |= {f"tokens_per_second_{name}": number / seconds
+                   for name, number in zip(self.modalities, tokens, strict=True) if number}
+        if peak_flops:
+            values["mfu"] = flops(sum(tokens), sum(keys)) / seconds / (peak_flops * distributed.world())
+        return values
+
+    def gathered(self) -> list:
+        """What every rank has, for `load`."""
+        return distributed.gather(self.sums.tolist())
+
+    def load(self, gathered: list) -> None:
+        """Of another number of ranks: together they are the same."""
+        parts = torch.tensor(gathered, device=self.sums.device, dtype=self.sums.dtype)
+        same_ranks = len(parts) == distributed.world()
+        self.sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
 
 
 class MetricsLog:

@@ -9,9 +9,11 @@ from collections import defaultdict
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from onevocab.common.errors import UserError
 from onevocab.training import distributed
+
+Named = list[tuple[str, nn.Parameter]]
 
 
 class OptimizerConfig(BaseModel):
@@ -22,7 +24,9 @@ class OptimizerConfig(BaseModel):
     matrix_lr: float = Field(0.02, gt=0, description="Muon's, for hidden matrices")
     other_lr: float = Field(4e-3, gt=0, description="AdamW's, for embedding, head and norms")
     momentum: float = Field(0.95, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
+    average: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
+                           "afterwards; 0: none is kept")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
 
@@ -44,66 +48,79 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape (or its
-    transpose) are one batch of matmuls.
+    """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape are one
+    batch of matmuls.
 
-    The ranks, which have the same gradients, share the work: a matrix is orthogonalised by one of them.
+    The ranks share the work: a matrix is orthogonalised by one of them, which has all of it. Under DDP they have the
+    same gradients; parameters that FSDP2 has sharded by rows have sharded momenta too, and are put together for this.
     """
 
-    def __init__(self, named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, named: Named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.dtype: torch.dtype | None = None  # of the iteration; None: that of the momentum
-        by_shape = defaultdict(list)
-        for name, parameter in named:
+        self.names, self.parameters = zip(*named, strict=True)
+        self.momenta = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32),
+                                         memory_format=torch.contiguous_format) for p in self.parameters]
+        self.groups = defaultdict(list)  # of each shape: which parameters
+        for index, (name, parameter) in enumerate(named):
             if parameter.dim() < 2:
                 raise ValueError(f"Muon is for matrices; {name} has shape {tuple(parameter.shape)}")
-            by_shape[tuple(sorted(parameter.flatten(1).shape))].append((name, parameter))
-        # one momentum tensor (count, m, n), m <= n, for each group of equally shaped matrices
-        self.groups = [
-            (members, torch.zeros(len(members), *shape, device=members[0][1].device,
-                                  dtype=torch.promote_types(members[0][1].dtype, torch.float32)))
-            for shape, members in by_shape.items()
-        ]
-
-    @property
-    def parameters(self):
-        return [parameter for members, _ in self.groups for _, parameter in members]
+            self.groups[parameter.shape[0], parameter.shape[1:].numel()].append(index)
 
     @torch.no_grad()
-    def step(self, multiplier: float = 1.0) -> None:
+    def step(self, multiplier: float = 1.0, decay: float = 1.0) -> None:
         lr = self.lr * multiplier
-        for members, momentum in self.groups:
-            parameters = [parameter for _, parameter in members]
-            grad = torch.stack([_wide(p.grad) for p in parameters]).to(momentum.dtype)
-            momentum.lerp_(grad, 1 - self.momentum)
-            update = grad.lerp_(momentum, self.momentum)
-            update = self._orthogonalised(update.to(self.dtype or update.dtype)).to(parameters[0].dtype)
+        for (rows, columns), members in self.groups.items():
+            if self.parameters[members[0]].grad is None:
+                continue
+            parameters = [distributed.local(self.parameters[i]) for i in members]
+            momenta = [distributed.local(self.momenta[i]) for i in members]
+            grads = [distributed.local(self.parameters[i].grad).to(self.momenta[i].dtype) for i in members]
+            torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
+            update = torch._foreach_lerp(grads, momenta, self.momentum)
+            update = torch.stack([u.flatten(1) for u in update])
+            update = update.to(self.dtype or update.dtype)
+            sharded = isinstance(self.parameters[members[0]], DTensor)
+            update = orthogonalise_shards(update, rows) if sharded else orthogonalise_shared(update)
             if self.weight_decay:
-                torch._foreach_mul_(parameters, 1 - lr * self.weight_decay)
-            for p, u in zip(parameters, update, strict=True):
-                rows, columns = p.shape[0], p.numel() // p.shape[0]
-                scale = max(1.0, rows / columns) ** 0.5
-                p.add_((u if rows <= columns else u.T).reshape(p.shape), alpha=-lr * scale)
-
-    @staticmethod
-    def _orthogonalised(update: Tensor) -> Tensor:
-        """Each rank iterates its share of the matrices, whole ones, and all get all: (count, m, n), the same bits
-        everywhere, whatever the machines."""
-        world = distributed.world()
-        if world == 1:
-            return orthogonalise(update)
-        share = -(-len(update) // world)
-        padded = torch.cat([update, update.new_zeros(share * world - len(update), *update.shape[1:])])
-        mine = padded[distributed.rank() * share : (distributed.rank() + 1) * share]
-        return distributed.all_gather(orthogonalise(mine))[: len(update)]
+                torch._foreach_mul_(parameters, 1 - lr * decay * self.weight_decay)
+            scale = max(1.0, rows / columns) ** 0.5
+            update = [u.view_as(p) for u, p in zip(update.to(parameters[0].dtype), parameters, strict=True)]
+            torch._foreach_add_(parameters, update, alpha=-lr * scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"momentum.{name}": row for members, momentum in self.groups
-                for (name, _), row in zip(members, momentum, strict=True)}
+        return {f"momentum.{name}": value for name, value in zip(self.names, self.momenta, strict=True)}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, row in self.tensors().items():
-            _copy(row, tensors, name)
+
+def orthogonalise_shared(matrices: Tensor) -> Tensor:
+    """(count, m, n), the same on all ranks -> `orthogonalise` of it, each matrix computed by one rank: the same bits
+    everywhere, whatever the machines."""
+    count, world = len(matrices), distributed.world()
+    if world == 1:
+        return orthogonalise(matrices)
+    share = -(-count // world)
+    padded = _padded(matrices, 0, share * world)
+    mine = padded[distributed.rank() * share : (distributed.rank() + 1) * share]
+    return distributed.all_gather(orthogonalise(mine))[:count]
+
+
+def orthogonalise_shards(shards: Tensor, rows: int) -> Tensor:
+    """This rank's rows of matrices, (count, some, n), of `rows` in all, shared out as FSDP2 does it -> the same rows of
+    `orthogonalise`. Two exchanges: matrices to their owners and back."""
+    count, own, columns = shards.shape
+    world = distributed.world()
+    most, share = -(-rows // world), -(-count // world)
+    padded = _padded(_padded(shards, 1, most), 0, share * world)
+    parts = distributed.all_to_all(padded.view(world, share, most, columns))  # now: (rows' rank, my matrices, ...)
+    whole = orthogonalise(parts.transpose(0, 1).reshape(share, world * most, columns)[:, :rows])
+    parts = _padded(whole, 1, world * most).view(share, world, most, columns).transpose(0, 1)
+    return distributed.all_to_all(parts.contiguous()).view(-1, most, columns)[:count, :own]
+
+
+def _padded(x: Tensor, axis: int, size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[axis] = size - shape[axis]
+    return torch.cat([x, x.new_zeros(shape)], axis) if shape[axis] else x
 
 
 class AdamW:
@@ -118,11 +135,11 @@ class AdamW:
         for p in self.parameters:  # made now rather than at the first step, so that the state always has one shape
             self.inner.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.contiguous_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.contiguous_format),
             }
 
-    def step(self, multiplier: float = 1.0) -> None:
+    def step(self, multiplier: float = 1.0, decay: float = 1.0) -> None:
         self.inner.param_groups[0]["lr"] = self.lr * multiplier
         self.inner.step()
 
@@ -130,21 +147,34 @@ class AdamW:
         return {f"{key}.{name}": value for name, p in zip(self.names, self.parameters, strict=True)
                 for key, value in self.inner.state[p].items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, value in self.tensors().items():
-            _copy(value, tensors, name)
+
+class Average:
+    """An exponential moving average of weights (Polyak and Juditsky 1992; as in Karras et al. 2024, without a warm-up
+    bias: early on it is the plain mean of what was seen)."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.live = decay, dict(model.named_parameters())
+        self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def step(self, done: int) -> None:
+        """After step number `done`, counted from 1."""
+        weight = max(1 - self.decay, 1 / (done + 1))
+        torch._foreach_lerp_([distributed.local(x) for x in self.tensors.values()],
+                             [distributed.local(p) for p in self.live.values()], weight)
 
 
 class Optimizers:
-    """Several optimisers that step together. Their state is flat tensors: nothing needs to be pickled."""
+    """Several optimisers that step together, and an average of the weights if one is wanted. Their state is flat
+    tensors, which a checkpoint fills in place: nothing needs to be pickled."""
 
-    def __init__(self, members: dict[str, Muon | AdamW]):
-        self.members = members
+    def __init__(self, members: dict[str, Muon | AdamW], average: Average | None = None):
+        self.members, self.average = members, average
 
-    def step(self, multiplier: float = 1.0) -> None:
-        """One update with every learning rate times `multiplier`."""
+    def step(self, multiplier: float = 1.0, decay: float = 1.0) -> None:
+        """One update with every learning rate times `multiplier`, weight decay also times `decay`."""
         for member in self.members.values():
-            member.step(multiplier)
+            member.step(multiplier, decay)
 
     def iterate_in(self, dtype: torch.dtype) -> None:
         """The type of Muon's iteration: bfloat16 is faster where there are instructions for it, else much slower."""
@@ -160,14 +190,9 @@ class Optimizers:
         return {f"{key}.{name}": value for key, member in self.members.items()
                 for name, value in member.tensors().items()}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copies in what `tensors()` gave. Raises UserError when a name is missing or a shape differs."""
-        for key, member in self.members.items():
-            prefix = key + "."
-            member.load_tensors({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-
-
-Named = list[tuple[str, nn.Parameter]]
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged weights under the model's names; empty where none are kept."""
+        return self.average.tensors if self.average else {}
 
 
 def assign(model: nn.Module) -> tuple[Named, Named]:
@@ -180,31 +205,19 @@ def assign(model: nn.Module) -> tuple[Named, Named]:
     return matrices, rest
 
 
-def state_bytes(model: nn.Module) -> int:
+def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     """What the optimisers' state takes: a momentum for each number of a matrix, two moments for the others (and a count
-    each). The model may be on `meta`."""
+    each), the average. The model may be on `meta`."""
     matrices, rest = assign(model)
-    return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest)
+    averaged = 4 * sum(p.numel() for p in model.parameters()) if config.average else 0
+    return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
-    """Each parameter's optimiser as `assign` says."""
+    """Each parameter's optimiser as `assign` says. The model has been sharded before, if it is to be."""
     (matrices, rest), members = assign(model), {}
     if matrices:
         members["muon"] = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay)
     if rest:
         members["adamw"] = AdamW(rest, config.other_lr, config.betas, config.eps)
-    return Optimizers(members)
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    matrix = matrix.flatten(1)
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-
-
-def _copy(target: Tensor, tensors: dict[str, Tensor], name: str) -> None:
-    if name not in tensors or tensors[name].shape != target.shape:
-        found = tuple(tensors[name].shape) if name in tensors else "nothing"
-        raise UserError(f"optimiser state {name}: expected shape {tuple(target.shape)}, found {found}; "
-                        "the checkpoint belongs to another model, give the run another folder")
-    target.copy_(tensors[name])
+    return Optimizers(members, Average(model, config.average) if config.average else None)

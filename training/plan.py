@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from onevocab.training.muon import state_bytes
+from onevocab.training.muon import OptimizerConfig, state_bytes
+from onevocab.training.parallel import recompute_layers
 from onevocab.training.precision import autocast
 
 PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
@@ -16,7 +17,7 @@ PROBE = (2, 128)  # rows and tokens of the batch that the activations are measur
 @dataclass(frozen=True)
 class Plan:
     """All in bytes, for one device, except the counts: parameters, matrices (those of them in matrices; a tied head
-    counts once) and flops_per_token (forward and backward)."""
+    counts once) and flops_per_token (forward and backward); checkpoint: on disk, of all devices together."""
 
     parameters: int
     matrices: int
@@ -25,20 +26,11 @@ class Plan:
     gradients: int
     optimizer: int
     activations: int
+    checkpoint: int
 
     @property
     def memory(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
-
-    @property
-    def checkpoint(self) -> int:
-        return self.weights + self.optimizer
-
-
-def flops_per_token(matrices: int, layers: int, heads: int, head_dim: int, keys_per_token: float) -> float:
-    """Forward and backward: 6 for each number in a matrix, 12 for each visible key, head and width of a layer
-    (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
-    return 6 * matrices + 12 * layers * heads * head_dim * keys_per_token
 
 
 def saved_bytes(module: nn.Module, batch, precision: str) -> int:
@@ -59,31 +51,43 @@ def saved_bytes(module: nn.Module, batch, precision: str) -> int:
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
-def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: int, precision: str) -> int:
+def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: int, precision: str,
+                recompute: bool = False) -> int:
     """Bytes kept for the backward pass of `layers` layers over so many tokens, from what one layer and two keep.
 
-    make: number of layers -> the network with its loss; batch: a small one that it takes, (rows, tokens). Exact for
-    layers that are alike; casts of weights, which do not grow with the tokens, are measured apart.
+    make: number of layers -> the network with its loss, `decoder.layers` within it; batch: a small one that it takes,
+    (rows, tokens). Exact for layers that are alike; casts of weights, which do not grow with the tokens, are measured
+    apart. recompute: as training does it; the one layer that is computed again at a time comes on top.
     """
-    small = [type(batch)(*(column[:1] for column in vars(batch).values())), batch]
-    counts = [part.ids.numel() for part in small]
-    needed = []
-    for n in (1, 2):
+    def needed(n: int, recomputed: bool) -> tuple[float, float]:
+        """Bytes a token, and whatever their number."""
         module = make(n)
+        if recomputed:
+            recompute_layers(module.decoder.layers)
         few, many = (saved_bytes(module, part, precision) for part in small)
         per_token = (many - few) / (counts[1] - counts[0])
-        needed.append((per_token, few - per_token * counts[0]))
-    (token_one, fixed_one), (token_two, fixed_two) = needed
+        return per_token, few - per_token * counts[0]
+
+    small = [type(batch)(*(column[:1] for column in vars(batch).values())), batch]
+    counts = [part.ids.numel() for part in small]
+    (token_one, fixed_one), (token_two, fixed_two) = needed(1, recompute), needed(2, recompute)
     per_token = token_one + (layers - 1) * (token_two - token_one)
     fixed = fixed_one + (layers - 1) * (fixed_two - fixed_one)
+    if recompute:
+        per_token += needed(2, False)[0] - needed(1, False)[0]
     return round(per_token * tokens + max(fixed, 0))
 
 
-def plan(model: nn.Module, flops: float, kept: int) -> Plan:
-    """model: on any device, `meta` too; flops: per token; kept: what `activations` says for a device's micro-batch."""
+def plan(model: nn.Module, flops: float, kept: int, optimizer: OptimizerConfig, shards: int = 1,
+         gathered: int = 0) -> Plan:
+    """model: on any device, `meta` too; flops: per token; kept: what `activations` says for a device's micro-batch;
+    shards: over how many devices FSDP2 shares weights, gradients and optimiser state; gathered: bytes of whole weights
+    that a device holds at a time."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
+    weights = sum(sizes)
     return Plan(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.dim() > 1),
-                flops, sum(sizes), sum(sizes), state_bytes(model), kept)
+                flops, weights // shards + gathered, weights // shards, state_bytes(model, optimizer) // shards, kept,
+                weights + state_bytes(model, optimizer))
 
 
 def probe(batch_class: type, vocabulary: int) -> object:

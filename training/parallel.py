@@ -1,0 +1,60 @@
+"""A decoder made ready for several ranks, for little memory, and for the compiler. All of it is PyTorch's own."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from onevocab.training import distributed
+from onevocab.training.config import TrainConfig
+
+
+def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, precision: str, device: torch.device) -> None:
+    """In place, before the optimisers are built; model: what computes the loss, `layers` are within it.
+
+    compile: one graph for each layer, so that all layers share its compilation. fsdp2: weights, gradients and optimiser
+    state are sharded over the ranks (Zhao et al. 2023); a layer's weights are gathered in the precision of its matmuls
+    and its gradients are added up in float32; everything outside the layers stays in float32.
+    """
+    if config.compile:
+        for layer in layers:
+            layer.compile()
+    if config.recompute:
+        recompute_layers(layers)
+    if config.parallel == "fsdp2" and distributed.world() > 1:
+        mesh = init_device_mesh(device.type, (distributed.world(),))
+        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = {"mp_policy": low} if precision == "bfloat16" else {}
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, **policy)
+        fully_shard(model, mesh=mesh)
+
+
+def recompute_layers(layers: nn.ModuleList) -> None:
+    """Of each layer only the input is kept; the backward pass computes the rest again (Chen et al. 2016)."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """Under DDP where there are several ranks and `shard` has not sharded it."""
+    if distributed.world() == 1 or isinstance(model, FSDPModule):
+        return model
+    return DistributedDataParallel(model)
+
+
+@contextmanager
+def exchange(model: nn.Module, now: bool):
+    """Whether a backward pass within exchanges gradients between ranks, or only adds them up here."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+    if now or not isinstance(model, DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
