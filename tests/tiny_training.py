@@ -79,7 +79,8 @@ class Misfortune(Loader):
     folder remembers."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
-        super().__init__(rank=distributed.rank(), world=distributed.world(),
+        super().__init__(poison=[args.poison] if distributed.rank() == args.on else [], rank=distributed.rank(),
+                         world=distributed.world(),
                          dtype=torch.float64 if args.double else torch.float32)
         self.mark, self.args = folder / "happened", args
 
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=1)
     parser.add_argument("--until", type=int, default=-1, help="asked to stop after this step")
     parser.add_argument("--stall-seconds", type=float, default=600)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of TrainConfig, or of a section of it")
+    parser.add_argument("--poison", type=int, default=-1, help="this step's weights are not finite on rank `on`")
     parser.add_argument("--double", action="store_true", help="float64")
     parser.add_argument("--at", type=int, default=-1, help="before which step")
     parser.add_argument("--on", type=int, default=0, help="which rank")
@@ -111,8 +114,12 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
     args.folder.mkdir(parents=True, exist_ok=True)
-    config = CONFIG.model_copy(update={"steps": args.steps, "save_every": args.save_every, "precision": "float32",
-                                       "stall_seconds": args.stall or args.stall_seconds})
+    settings = CONFIG.model_dump() | {"steps": args.steps, "save_every": args.save_every, "precision": "float32",
+                                      "stall_seconds": args.stall or args.stall_seconds}
+    for key, _, value in (word.partition("=") for word in args.set):
+        section, _, inner = key.rpartition(".")
+        (settings[section] if section else settings)[inner] = value
+    config = TrainConfig.model_validate(settings)
     try:
         run(args.folder, Misfortune(args.folder, args), config)
     except Stopped as stopped:
