@@ -64,13 +64,13 @@ class Loader:
 CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
 
 
-def run(folder: Path, loader=None, config=CONFIG) -> dict[str, torch.Tensor]:
+def run(folder: Path, loader=None, config=CONFIG, **more) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
     decoder.to(loader.dtype if loader else torch.float32)
     log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None)
     train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"], log, "stage",
-                   torch.device("cpu"))
+                   torch.device("cpu"), **more)
     return decoder.state_dict()
 
 
@@ -85,6 +85,7 @@ class Misfortune(Loader):
         self.mark, self.args = folder / "happened", args
 
     def next_batch(self) -> Batch:
+        time.sleep(self.args.pause)
         if self.taken + 1 == self.args.until:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.taken == self.args.at and self.rank == self.args.on and not self.mark.exists():
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--stall-seconds", type=float, default=600)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of TrainConfig, or of a section of it")
     parser.add_argument("--poison", type=int, default=-1, help="this step's weights are not finite on rank `on`")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that a batch takes to come")
     parser.add_argument("--double", action="store_true", help="float64")
     parser.add_argument("--at", type=int, default=-1, help="before which step")
     parser.add_argument("--on", type=int, default=0, help="which rank")
