@@ -24,7 +24,7 @@ from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
 from onevocab.data.curriculum import Curriculum, Lesson
 from onevocab.data.demo import write_demo
-from onevocab.data.loader import Batch, PackedLoader
+from onevocab.data.loader import Batch, LoaderConfig, PackedLoader
 from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
@@ -46,14 +46,27 @@ from onevocab.training.precision import choose
 
 
 class LanguageStage(TrainConfig, StageData):
-    """[pretrain] and [instruct]: the same loop with other data."""
+    """[pretrain] and [instruct]: the same loop with other data. batch_tokens: of a step over all ranks, padding
+    included, in place of `loader.rows_per_step` (0: that holds)."""
+
+    batch_tokens: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _within(self):
         late = [lesson.start for lesson in self.lessons if lesson.start + lesson.steps > self.steps]
         if late:
             raise ValueError(f"the lesson from step {late[0]} on ends after the stage's {self.steps} steps")
+        if self.batch_tokens % self.loader.row_length:
+            raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of loader.row_length "
+                             f"({self.loader.row_length})")
         return self
+
+    @property
+    def rows(self) -> LoaderConfig:
+        """`loader`, with as many rows a step as `batch_tokens` are."""
+        if not self.batch_tokens:
+            return self.loader
+        return self.loader.model_copy(update={"rows_per_step": self.batch_tokens // self.loader.row_length})
 
 
 class RunConfig(BaseModel):
@@ -273,7 +286,7 @@ class Run:
 
         def read(sources) -> PackedLoader:
             sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
-            loader = PackedLoader(sources, tokenizers, settings.loader, distributed.rank(), distributed.world(),
+            loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "documents",
                                   max(1, self.config.data.workers // distributed.world()))
             if self.main:
@@ -335,7 +348,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
              f"({source})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
-        loader = stage.loader
+        loader = stage.rows
         if loader.rows_per_step % supposed.devices:
             raise UserError(f"{name}: rows_per_step = {loader.rows_per_step} does not divide over {supposed.devices} "
                             "devices; choose a multiple")
@@ -363,10 +376,10 @@ def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
     """How often each source is shown."""
     run = Path(config.folder)
     sources = [source.model_copy(update={"path": placed(run, source.path)}) for source in stage.sources]
-    loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.loader, seed=config.seed,
+    loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.rows, seed=config.seed,
                           keep=run / "documents", workers=config.data.workers)
     shown = loader.per_source()
-    tokens = stage.steps * stage.loader.rows_per_step * stage.loader.row_length
+    tokens = stage.steps * stage.rows.rows_per_step * stage.rows.row_length
     epochs = tokens / sum(held * times for _, _, held, times in shown)
     return [f"  data      {os.path.relpath(path, run)}: {documents:,} documents of {si(held)} tokens, each "
             f"{epochs * times:.3g} times" for path, documents, held, times in shown]

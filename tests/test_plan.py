@@ -1,7 +1,7 @@
 """The plan's numbers against what is counted and measured."""
 
-
 import os
+import re
 import subprocess
 import sys
 
@@ -97,6 +97,24 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
                  "--pretrain.loader.rows_per_step=64", "--instruct.loader.rows_per_step=64", "--pretrain.steps=100000")
     assert done.returncode == 0, done.stderr
     assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("demo", 1e6), ("small", 2e7), ("base", 4e8), ("large", 2e9),
+                                                  ("7b", 7e9)])
+def test_every_size_is_planned(name, parameters, capsys):
+    """In this process; 7b's two layers are the most memory that it takes."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        import train as script
+    finally:
+        sys.path.remove(str(ROOT))
+    config = script.read_config(ROOT / "configs" / f"{name}.toml", ["--device-flops=989e12"])
+    shown = "\n".join(script.plan_lines(config, [] if name == "demo" else ["--plan.devices=8"]))
+    said, unit = re.match(r"([\d.]+) (\w) parameters", shown).groups()
+    assert 0.7 < float(said) * {"M": 1e6, "G": 1e9}[unit] / parameters < 1.5
+    devices = 80 * 2**30
+    for amount, prefix in re.findall(r"memory +([\d.]+) (\w)iB a device", shown):
+        assert float(amount) * {"M": 2**20, "G": 2**30}[prefix] < devices
 
 
 def test_a_plan_of_a_run_says_how_often_its_data_are_shown(smoke_run):

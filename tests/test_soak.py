@@ -1,4 +1,5 @@
-"""Faults one after another while it trains, for SOAK_SECONDS (180 here; before a release half an hour, a fault a minute)."""
+"""Faults one after another while it trains, for SOAK_SECONDS (120 here; before a release half an
+hour, a fault a minute)."""
 
 import os
 import random
@@ -14,7 +15,7 @@ from test_faults import finished, same, start
 from onevocab.training import checkpoint
 from onevocab.training.metrics import read_metrics
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "180"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
 BETWEEN = min(60.0, SECONDS / 12)  # seconds from fault to fault
 RANKS, PAUSE = 2, 0.1
 

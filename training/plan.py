@@ -61,7 +61,9 @@ def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: in
     """
     def needed(n: int, recomputed: bool) -> tuple[float, float]:
         """Bytes a token, and whatever their number."""
-        module = make(n)
+        with torch.device("meta"):
+            module = make(n)
+        module.to_empty(device="cpu")  # whatever the numbers are, as many are kept
         if recomputed:
             recompute_layers(module.decoder.layers)
         few, many = (saved_bytes(module, part, precision) for part in small)
@@ -113,7 +115,7 @@ def device_flops(device: torch.device, precision: str) -> tuple[float, str]:
 
 def si(value: float, unit: str = "", base: float = 1000) -> str:
     """1.5 M, 157 MiB: three significant digits."""
-    prefixes = ("", "K", "M", "G", "T", "P", "E")
+    prefixes = ("", "K", "M", "G", "T", "P", "E", "Z")
     step = 0
     while abs(value) >= base and step < len(prefixes) - 1:
         value, step = value / base, step + 1
