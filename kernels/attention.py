@@ -145,9 +145,10 @@ class _ByDocument(torch.autograd.Function):
 
 
 def _flat(q, k, v):
-    """All (1, H, B * S, D), keys and values repeated for the queries' heads."""
-    if q.shape[1] > k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    """All (1, H, B * S, D), keys and values repeated for the queries' heads: as (B, S, H, D) it is a single copy."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.transpose(1, 2).repeat_interleave(groups, dim=2).transpose(1, 2) for x in (k, v))
     return tuple(_flatten(x) for x in (q, k, v))
 
 
