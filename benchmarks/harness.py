@@ -316,10 +316,7 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
             if work.tokens:
                 row["tokens_per_second"] = work.tokens / row["seconds"]
             if process:
-                try:
-                    row["process_bytes"] = process(name)
-                except Exception as error:  # it was timed all the same
-                    missing[f"{name}, memory of a process"] = first_line(error)
+                row["process_bytes"] = process(name)
             result["rows"].append(row)
         ready.clear()
     return result
