@@ -7,6 +7,7 @@ its package is missing.
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from types import MethodType
 from typing import NamedTuple
 
@@ -25,6 +26,17 @@ class Peer(NamedTuple):
     model: nn.Module
     weights: Callable[[dict[str, Tensor]], dict[str, Tensor]]  # our parameters -> its own
     logits: Callable[[Callable, dict[str, Tensor]], Tensor]  # (the model or a stand-in, a batch) -> (B, S, V)
+
+
+def versions() -> str:
+    """Of the peers that are installed."""
+    found = []
+    for name in ("transformers", "litgpt", "torchtitan"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found) or "no peers installed"
 
 
 def found(what: str, name: str, how: str):

@@ -185,7 +185,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
     cost = Cost(flops, 4 * 9 * sum(p.numel() for p in start.parameters()))
     return Work(lambda: tuple(p.detach().clone().to(device) for p in start.parameters()), providers, definition,
                 {"step": cost}, differentiable=len(names), whole=True, tokens=tokens,
-                notes=[f"{matrices / 1e6:.1f} M in matrices; float64 by {who}"],
+                notes=[f"{matrices / 1e6:.1f} M in matrices; float64 by {who}; {peers.versions()}"],
                 operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"))
 
 
