@@ -25,7 +25,7 @@ help:
 	@echo "make demo   trains a model on everything and writes its report (a quarter of an hour on 2 cores)"
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
-	@echo "make bench  measures training speed beside transformers' Qwen3"
+	@echo "make bench  measures training speed and memory beside transformers' Qwen3, and litgpt's and torchtitan's where installed"
 	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, with the Python that PYTHON names"
 	@echo "make lint   runs ruff"
 

@@ -7,8 +7,9 @@ definition and its costs. For each preset:
    that are timed. The bound is twice the error of the definition in working precision. Ours must pass; a peer that
    does not is named and not timed;
 2. providers are timed in turns, on random inputs in enough copies that no cache holds them all;
-3. medians, FLOP/s, bytes/s, shares of the measured ceilings and peak memory go to JSON, with ratios from
-   neighbouring repetitions. FLOPs are those of the work that has to be done (visible pairs), whoever does more.
+3. medians, FLOP/s, bytes/s, shares of the measured ceilings and peak memory (of a whole network on a CPU also that of
+   a process that does nothing else) go to JSON, with ratios from neighbouring repetitions. FLOPs are those of the work
+   that has to be done (visible pairs), whoever does more.
 """
 
 import argparse
@@ -17,13 +18,14 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import checkout, measure  # noqa: F401  checkout: for what it does when imported
+from benchmarks import checkout, measure, memory  # noqa: F401  checkout: for what it does when imported
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
@@ -264,13 +266,16 @@ def step_calls(work: Work, step: str, prepare: Callable, call: Callable, sets: l
 
 
 def measure_preset(work: Work, device: torch.device, seconds: float, repetitions: int, only: tuple[str, ...] | None,
-                   just_check: bool, tiny: bool) -> dict:
-    """Checks and times all providers of a Work: the body of one preset's results."""
+                   just_check: bool, tiny: bool, process: Callable[[str], int | None] | None = None) -> dict:
+    """Checks and times all providers of a Work: the body of one preset's results.
+
+    process: what a provider's steps add to a process of their own, where that is to be measured.
+    """
     calls, missing = {}, {}
     for name, prepare in work.providers.items():
         if only and name not in only and name != OURS:
             continue
-        if tiny and name.startswith(SLOW_TO_START):
+        if tiny and any(each in name for each in SLOW_TO_START):
             missing[name] = "left out of --tiny: slow to start"
             continue
         try:
@@ -310,6 +315,8 @@ def measure_preset(work: Work, device: torch.device, seconds: float, repetitions
                     "peak_bytes": measure.peak_memory(ready[name], device)}
             if work.tokens:
                 row["tokens_per_second"] = work.tokens / row["seconds"]
+            if process:
+                row["process_bytes"] = process(name)
             result["rows"].append(row)
         ready.clear()
     return result
@@ -356,7 +363,9 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
         if not just_check and kind not in limits:
             limits[kind] = measure.ceilings(device, getattr(torch, kind), tiny=tiny)
         print(f"{name} {title}: {', '.join(f'{k} {v}' for k, v in size.items())}, {kind}, {device.type}", flush=True)
-        found = measure_preset(work, device, seconds, repetitions, only, just_check, tiny)
+        alone = work.whole and device.type == "cpu" and not tiny
+        process = partial(memory.of_step, name, title, kind, size) if alone else None
+        found = measure_preset(work, device, seconds, repetitions, only, just_check, tiny, process)
         for peer, each in found["checked"].items():
             error = each.get("worst_error_over_bound")
             note = f"; forward only: {each['forward only']}" if "forward only" in each else ""

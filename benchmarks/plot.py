@@ -33,7 +33,9 @@ def markdown(result: dict) -> str:
         + ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "triton") if name in versions)
         + (f", CUDA {result['cuda']}" if result.get("cuda") else "") + f". `{result['command']}`", "",
         "FLOP/s and bytes/s are of the work that has to be done; memory is what a call allocates at its peak, results "
-        "included; the ratio is a median over neighbouring repetitions.",
+        "included; the ratio is a median over neighbouring repetitions."
+        + (" *process*: what steps add to a process of their own, optimiser's state and libraries' scratch included."
+           if any("process_bytes" in row for preset in result["presets"].values() for row in preset["rows"]) else ""),
     ]
     if result["device_type"] == "cpu":
         lines += ["", "**On a CPU: these are the CPU's paths, not the Triton kernels.**"]
@@ -46,9 +48,11 @@ def markdown(result: dict) -> str:
             lines += ["", f"Measured ceilings: copy {number(ceilings['copy_bytes_per_second'] / 1e9)} GB/s, matmul "
                       f"{number(ceilings['matmul_flops_per_second'] / 1e12)} TFLOP/s. Chosen: {preset['backend']}."]
         counts_tokens = any("tokens_per_second" in row for row in preset["rows"])
+        processes = any(row.get("process_bytes") is not None for row in preset["rows"])
         if preset["rows"]:
             lines += ["", "| step | provider | ms | time / ours | TFLOP/s | of matmul | GB/s | of copy | peak MiB |"
-                      + " tokens/s |" * counts_tokens, "|---|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * counts_tokens]
+                      + " process, MiB |" * processes + " tokens/s |" * counts_tokens,
+                      "|---|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * (counts_tokens + processes)]
         for row in preset["rows"]:
             flops, moved = row["flops_per_second"], row["bytes_per_second"]
             lines.append("| " + " | ".join([
@@ -57,6 +61,8 @@ def markdown(result: dict) -> str:
                 number(row["seconds"] * 1e3), number(row["times_ours"]), number(flops / 1e12),
                 f"{flops / ceilings['matmul_flops_per_second']:.0%}", number(moved / 1e9),
                 f"{moved / ceilings['copy_bytes_per_second']:.0%}", number(row["peak_bytes"] / 2**20),
+                *([number(row["process_bytes"] / 2**20 if row.get("process_bytes") is not None else None)]
+                  if processes else []),
                 *([number(row["tokens_per_second"])] if counts_tokens else []),
             ]) + " |")
         for target in preset["targets"]:

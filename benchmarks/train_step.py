@@ -1,17 +1,19 @@
-"""A whole training step of our decoder beside transformers' `Qwen3ForCausalLM` of the same shape.
+"""A whole training step of our decoder beside other people's models of the same architecture and shape.
 
-    python -m benchmarks.train_step --preset packed --out train_step.json
+    python -m benchmarks.train_step --preset mixed --out train_step.json
 
-All take the same packed batches, start from the same weights and compute the same weighted loss; transformers gets the
-packing as a 4-D boolean mask and position ids. All multiply matrices in the precision that `train.py` would choose on
-this machine (or in --dtype); where that is bfloat16, transformers is timed in float32 too. Timed are forward, backward
-and AdamW, and once more forward, backward, Muon and AdamW, as `train.py` runs it. Loss and gradients are first compared
+All start from the same weights and compute the same weighted loss of the same documents. transformers' Qwen3 takes our
+packed rows with a dense mask and position ids. Preset `mixed` (documents of text, pictures and sounds) has more peers:
+transformers with one document a row, padded to the longest of the batch, and the models of litgpt and torchtitan on
+packed rows, each left out with a word where it is not installed (benchmarks/peers.py says how). Tokens per second are
+those of documents: padding does not count. All multiply matrices in the precision that `train.py` would choose on this
+machine (or in --dtype); where that is bfloat16, transformers is timed in float32 too. Timed are forward, backward and
+AdamW, and once more forward, backward, Muon and AdamW, as `train.py` runs it. Loss and gradients are first compared
 with a float64 run of transformers, where it is installed, else of the kernels' definitions.
 """
 
-import itertools
 from collections.abc import Callable
-from importlib import import_module
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -19,52 +21,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks import harness
+from benchmarks import harness, peers
+from benchmarks.batches import Batch, mixed_batches, padded, uniform_batches
 from benchmarks.harness import Cost, Preset, Target, Work
 from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
-from onevocab.model.decoder import Decoder, qwen3_config, to_qwen3_state_dict
+from onevocab.model.decoder import Decoder
 from onevocab.training.precision import autocast
 
-TORCH, MUON = "ours without Triton", "ours, Muon and AdamW"
+TORCH, MUON, COMPILED = "ours without Triton", "ours, Muon and AdamW", "ours, torch.compile"
 THEIRS, THEIRS_WIDE = "transformers", "transformers, float32"
+PADDED, PADDED_WIDE = "transformers, padded", "transformers, padded, float32"
+LITGPT, TORCHTITAN = "litgpt", "torchtitan"
 BATCHES = 4
 
 
-def packed_batch(shape: dict, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random ids in documents of `shortest` .. `longest` tokens packed into rows; of each the last `counted` percent
-    count in the loss: 100 when everything is learnt, less when a document begins with a prompt."""
-    rows, length = shape["rows"], shape["length"]
-    document = torch.full((rows, length), -1)
-    positions = torch.zeros(rows, length, dtype=torch.long)
-    weights = torch.zeros(rows, length)
-    for row in range(rows):
-        start = 0
-        for index in itertools.count():
-            n = int(torch.randint(shape["shortest"], shape["longest"] + 1, (), generator=generator))
-            if start + n > length:
-                break
-            document[row, start : start + n] = index
-            positions[row, start : start + n] = torch.arange(n)
-            weights[row, start + round((1 - shape["counted"] / 100) * n) : start + n - 1] = 1.0
-            start += n
-    ids = torch.randint(shape["vocabulary"], (rows, length), generator=generator)
-    itself = torch.eye(length, dtype=torch.bool)  # what a padding query sees: transformers has no empty rows
-    return {"ids": ids, "targets": ids.roll(-1, 1), "positions": positions, "document": document, "weights": weights,
-            "mask_4d": IntervalMask.causal(document).dense(length) | itself}
-
-
-def our_loss(run: Callable, batch: dict, head: Tensor) -> Tensor:
+def our_loss(run: Callable, batch: Batch, head: Tensor) -> Tensor:
     """run(ids, positions, mask) -> hidden. The sum over what counts."""
     hidden = run(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"]))
     weights = batch["weights"].flatten()
     return linear_cross_entropy(hidden.flatten(0, 1), head, batch["targets"].flatten(), weights).loss
 
 
-def their_loss(run: Callable, batch: dict) -> Tensor:
-    inputs = {"attention_mask": batch["mask_4d"], "position_ids": batch["positions"]}
-    logits = run(batch["ids"], **inputs, use_cache=False).logits
+def their_loss(logits: Tensor, batch: Batch) -> Tensor:
     nll = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
     return (nll * batch["weights"].flatten()).sum()
 
@@ -94,17 +74,19 @@ class Trainable:
     """A model with its loss and its optimiser, as the harness wants it: a function of its parameters, to be checked,
     and a step on a model of its own, to be timed."""
 
-    def __init__(self, model: nn.Module, loss: Callable, names: list[str], batches: list[dict], precision: str,
-                 optimizers: Callable, backend: str | None = None):
+    def __init__(self, model: nn.Module, loss: Callable, names: list[str], batches: list[Batch], precision: str,
+                 optimizers: Callable, backend: str | None = None, weights: Callable = lambda ours: ours):
+        """loss: (run, batch, the model's parameters by name) -> the sum; names: of our parameters, the order in which
+        they are given; weights: our parameters by name -> the model's own, which it starts from as well."""
         self.model, self.loss, self.names, self.batches = model, loss, names, batches
         self.device, self.precision, self.backend = batches[0]["ids"].device, precision, backend
-        self.optimizers = optimizers(model)
+        self.weights, self.optimizers = weights, optimizers(model)
 
     def __call__(self, *parameters: Tensor) -> Tensor:
         return self.of_batch(self.batches[0], parameters)
 
-    def of_batch(self, batch: dict, parameters) -> Tensor:
-        weights = dict(zip(self.names, parameters, strict=True))
+    def of_batch(self, batch: Batch, parameters) -> Tensor:
+        weights = self.weights(dict(zip(self.names, parameters, strict=True)))
 
         def run(*args, **kwargs):
             return functional_call(self.model, weights, args, kwargs)
@@ -133,42 +115,62 @@ def muon(model: nn.Module) -> SimpleNamespace:
     return SimpleNamespace(step=lambda: optimizers.step(0.01), zero_grad=optimizers.zero_grad)
 
 
-def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
+def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable = uniform_batches) -> Work:
+    """make: what makes the batches; of mixed-modal ones there are more providers."""
     # A namespace, because a bare CUDA image has no pydantic.
     config = SimpleNamespace(dim=shape["dim"], layers=shape["layers"], heads=shape["heads"], kv_heads=shape["kv_heads"],
                              head_dim=shape["head_dim"], mlp_dim=shape["mlp_dim"], rope_base=1e4, norm_eps=1e-6,
                              tied=True, max_length=shape["length"])
+    vocabulary = shape["vocabulary"]
     generator = torch.Generator().manual_seed(0)
-    start = Decoder(config, shape["vocabulary"])
+    start = Decoder(config, vocabulary)
     start.initialise(generator)
-    batches = [{name: x.to(device) for name, x in packed_batch(shape, generator).items()} for _ in range(BATCHES)]
+
+    def moved(batch: Batch) -> Batch:
+        return {name: x.to(device) for name, x in batch.items()}
+
+    batches = [moved(batch) for batch in make(BATCHES, shape, generator)]
     names = [name for name, _ in start.named_parameters()]
-    precision = str(dtype).removeprefix("torch.")
+    working = str(dtype).removeprefix("torch.")
 
-    def ours(optimizers: Callable = adamw, backend: str | None = None) -> Trainable:
-        model = Decoder(config, shape["vocabulary"])
+    def ours(optimizers: Callable = adamw, backend: str | None = None, compiled: bool = False) -> Trainable:
+        model = Decoder(config, vocabulary)
         model.load_state_dict(start.state_dict())
+        if compiled:
+            for layer in model.layers:
+                layer.compile()
         return Trainable(model.to(device), lambda run, batch, weights: our_loss(run, batch,
-                         weights["embed_tokens.weight"]), names, batches, precision, optimizers, backend)
+                         weights["embed_tokens.weight"]), names, batches, working, optimizers, backend)
 
-    def theirs(precision: str = precision) -> Trainable:
-        try:
-            import_module("onevocab.tokenizers.torchaudio_guard")  # first: transformers imports torchaudio
-            from transformers import Qwen3Config, Qwen3ForCausalLM
-        except ImportError:
-            raise harness.Unavailable("transformers is not installed: pip install 'onevocab[dev]'") from None
-        model = Qwen3ForCausalLM(Qwen3Config(**qwen3_config(config, shape["vocabulary"])))  # its attention is SDPA
-        model.load_state_dict(to_qwen3_state_dict(start))
-        return Trainable(model.to(device), lambda run, batch, _: their_loss(run, batch),
-                         [f"model.{name}" for name in names], batches, precision, adamw)
+    def theirs(peer: peers.Peer, precision: str = working, batches: list[Batch] = batches) -> Trainable:
+        own = dict(peer.model.named_parameters())
+        with torch.no_grad():
+            for name, value in peer.weights(dict(start.named_parameters())).items():
+                own.pop(name).copy_(value)
+        if own:
+            raise RuntimeError(f"no weights for {', '.join(own)}")
+        return Trainable(peer.model.to(device), lambda run, batch, _: their_loss(peer.logits(run, batch), batch), names,
+                         batches, precision, adamw, weights=peer.weights)
 
-    providers = {harness.OURS: ours, MUON: lambda: ours(muon), THEIRS: theirs}
-    if precision != "float32":
-        providers[THEIRS_WIDE] = lambda: theirs("float32")
+    def transformers(precision: str = working) -> Trainable:
+        return theirs(peers.transformers(config, vocabulary), precision)
+
+    def one_a_row(precision: str = working) -> Trainable:
+        peer = peers.transformers(config, vocabulary, padded=True)
+        return theirs(peer, precision, [moved(padded({name: x.cpu() for name, x in b.items()})) for b in batches])
+
+    providers = {harness.OURS: ours, MUON: lambda: ours(muon), THEIRS: transformers}
+    if make is mixed_batches:
+        providers |= {PADDED: one_a_row, LITGPT: lambda: theirs(peers.litgpt(config, vocabulary)),
+                      TORCHTITAN: lambda: theirs(peers.torchtitan(config, vocabulary)),
+                      COMPILED: lambda: ours(compiled=True)}
+    if working != "float32":
+        providers |= {THEIRS_WIDE: lambda: transformers("float32")}
+        providers |= {PADDED_WIDE: lambda: one_a_row("float32")} if PADDED in providers else {}
     if device.type == "cuda":
         providers[TORCH] = lambda: ours(backend="torch")
     try:
-        oracle, who = theirs(), "transformers"
+        oracle, who = theirs(peers.widened(peers.transformers(config, vocabulary))), "transformers"
     except harness.Unavailable:
         oracle, who = ours(backend="reference"), "the kernels' definitions"
 
@@ -183,24 +185,33 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
     cost = Cost(flops, 4 * 9 * sum(p.numel() for p in start.parameters()))
     return Work(lambda: tuple(p.detach().clone().to(device) for p in start.parameters()), providers, definition,
                 {"step": cost}, differentiable=len(names), whole=True, tokens=tokens,
-                notes=[f"{matrices / 1e6:.1f} M in matrices; float64 by {who}"],
+                notes=[f"{matrices / 1e6:.1f} M in matrices; float64 by {who}; {peers.versions()}"],
                 operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"))
 
 
-DEMO = {"rows": 16, "length": 256, "shortest": 40, "longest": 140, "vocabulary": 3072, "dim": 128, "layers": 5,
-        "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_dim": 384, "counted": 100}
-LARGE = {"rows": 8, "length": 2048, "shortest": 128, "longest": 1024, "vocabulary": 32768, "dim": 1024, "layers": 24,
-         "heads": 16, "kv_heads": 8, "head_dim": 64, "mlp_dim": 3072, "counted": 100}
-TINY = {"rows": 2, "length": 64, "shortest": 5, "longest": 30, "vocabulary": 100, "dim": 64, "layers": 2, "heads": 2,
-        "kv_heads": 1, "head_dim": 16, "mlp_dim": 96}
+DEMO = {"rows": 16, "length": 256, "vocabulary": 3072, "dim": 128, "layers": 5, "heads": 4, "kv_heads": 2,
+        "head_dim": 32, "mlp_dim": 384}
+LARGE = {"rows": 8, "length": 2048, "vocabulary": 32768, "dim": 1024, "layers": 24, "heads": 16, "kv_heads": 8,
+         "head_dim": 64, "mlp_dim": 3072}
+TINY = {"rows": 2, "length": 64, "vocabulary": 100, "dim": 64, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16,
+        "mlp_dim": 96}
+# Of uniform_batches: lengths of documents and the percentage of their tokens that counts.
+LENGTHS = {"cpu": {"shortest": 40, "longest": 140}, "cuda": {"shortest": 128, "longest": 1024},
+           "tiny": {"shortest": 5, "longest": 30}}
 TARGETS = {"cpu": [Target("time", "step", (THEIRS, THEIRS_WIDE), at_least=1.3)],
            "cuda": [Target("mfu", "step", at_least=0.45)]}
+MIXED = {"cpu": [Target("time", "step", (PADDED, PADDED_WIDE), at_least=1.5),
+                 Target("time", "step", (THEIRS, THEIRS_WIDE, LITGPT, TORCHTITAN), at_least=1.25)]}
+SHAPES = {"cpu": DEMO, "cuda": LARGE, "tiny": TINY}
+AUTO = {"cpu": "auto", "cuda": "auto"}
 PRESETS = {
-    name: Preset(description, build, {"cpu": DEMO | counted, "cuda": LARGE | counted, "tiny": TINY}, TARGETS,
-                 {"cpu": "auto", "cuda": "auto"})
-    for name, description, counted in (("packed", "every token counts, as in pretrain", {"counted": 100}),
-                                       ("answers", "40% of the tokens count, as in instruct", {"counted": 40}))
+    name: Preset(description, build, {kind: size | LENGTHS[kind] | {"counted": counted}
+                                      for kind, size in SHAPES.items()}, TARGETS, AUTO)
+    for name, description, counted in (("packed", "every token counts, as in pretrain", 100),
+                                       ("answers", "40% of the tokens count, as in instruct", 40))
 }
+PRESETS["mixed"] = Preset("text, pictures and sounds as in pretrain, beside padded rows and other trainers' models",
+                          partial(build, make=mixed_batches), SHAPES, MIXED, AUTO)
 
 main = harness.main("train_step", __doc__, PRESETS)
 

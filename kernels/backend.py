@@ -37,7 +37,7 @@ def interpreting() -> bool:
 
 
 def chosen() -> dict[str, Choice]:
-    """operation -> (backend, reason) of its last call in this process."""
+    """operation -> (backend, reason) of its last call in this process, calls in compiled code left out."""
     return dict(_last)
 
 
@@ -85,7 +85,8 @@ def choose(operation: str, *tensors: Tensor, backend: str | None = None, unsuppo
         choice = Choice("triton", f"tensors on {device}")
     else:
         choice = Choice("torch", obstacle if on_cuda else f"tensors on {device}")
-    _last[operation] = choice
+    if not torch.compiler.is_compiling():  # a compiler would guard what is in there
+        _last[operation] = choice
     return choice.backend
 
 

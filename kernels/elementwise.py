@@ -1,5 +1,6 @@
 """RMSNorm, per-head RMSNorm with rotary positions, and SwiGLU, with backward passes that touch memory as little
-as they can: written plainly they cost a CPU a third of what the matmuls cost.
+as they can: written plainly they cost a CPU a third of what the matmuls cost. torch.compile, which fuses them itself,
+sees them written plainly.
 
 Each takes `backend`: "triton", "torch" (the fastest correct torch operators), "reference", or None to choose.
 """
@@ -94,7 +95,7 @@ def qk_norm_rope(
     kind, x = x.dtype, x.to(weight.dtype)
     if chosen == "reference":
         return qk_norm_rope_reference(x, weight, cos, sin, eps).to(kind)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return rotary_reference(F.rms_norm(x, weight.shape, weight, eps), cos, sin).to(kind)
     return _QKNormRope.apply(x, weight, cos, sin, eps).to(kind)
 
@@ -111,7 +112,8 @@ def swiglu(gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
         from onevocab.kernels import elementwise_triton as kernels
 
         return kernels.swiglu(gate, up)
-    return F.silu(gate) * up if not torch.is_grad_enabled() else _SwiGLU.apply(gate, up)
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return F.silu(gate) * up if plain else _SwiGLU.apply(gate, up)
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -125,7 +127,7 @@ def _check(name: str, *tensors: Tensor) -> None:
 
 
 def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.device.type != "cpu" or not torch.is_grad_enabled():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 

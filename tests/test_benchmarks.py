@@ -240,6 +240,72 @@ def test_memory_is_what_a_call_allocates():
     assert 2 * 4 << 20 <= found < 2.2 * 4 * 2**20
 
 
+def test_a_step_s_memory_in_a_process_of_its_own(capsys):
+    """More than the optimiser's two moments, and growing with the model."""
+    from benchmarks import memory, train_step
+
+    size = train_step.TINY | {"vocabulary": 50_000}
+    found = memory.of_step("train_step", "mixed", "float32", size, "ours")
+    assert 2 * 4 * size["dim"] * size["vocabulary"] < found < 2**29 if found else not memory.RESET.exists()
+    assert memory.of_step("nothing", "mixed", "float32", size, "ours") is None
+    assert "benchmarks.nothing" in capsys.readouterr().out
+
+
+def test_a_profile_by_kind_of_work(tmp_path, capsys):
+    from benchmarks import profile_step
+
+    profile_step.main(["--tiny", "--steps", "1", "--out", str(tmp_path / "profile.json")])
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert set(profile_step.ARITHMETIC) - {"other arithmetic"} <= set(found["kinds"])
+    assert 0 < found["not_arithmetic"] < 1 and "not arithmetic" in capsys.readouterr().out
+
+
+def test_mixed_documents_are_packed_and_padded_alike():
+    """The same documents, the same weights; and in float64 the same loss and gradients, computed by our definition."""
+    from torch.func import functional_call
+
+    from benchmarks import batches, train_step
+
+    shape = train_step.PRESETS["mixed"].shapes["cpu"] | {"rows": 8}
+    packed = batches.mixed_batches(2, shape, torch.Generator().manual_seed(0))[0]
+    lengths = [n for row in packed["document"] for d, n in zip(*row.unique_consecutive(return_counts=True), strict=True)
+               if d >= 0]
+    assert max(lengths) <= 256 and min(lengths) >= 20 and sum(lengths) > 0.98 * packed["document"].numel()
+    assert 0.4 < (packed["weights"].sum() / sum(lengths)) < 0.9  # what is only looked at does not count
+    one = batches.padded(packed)
+    assert one["ids"].shape == (len(lengths), max(lengths)) and one["weights"].sum() == packed["weights"].sum()
+    assert one["attention_mask"].sum(1).tolist() == [int(n) for n in lengths]
+
+    work = train_step.PRESETS["mixed"].build(shape | train_step.TINY, CPU, torch.float64)
+    rows = train_step.mixed_batches(1, shape | train_step.TINY, torch.Generator().manual_seed(1))[0]
+    single = batches.padded(rows)
+    single["positions"] = torch.arange(single["ids"].shape[1]).expand_as(single["ids"])
+    single["document"] = single["attention_mask"] - 1
+    model = work.providers["ours"]().model.double()
+    results = []
+    for batch in (rows, single):
+        weights = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+        loss = train_step.our_loss(lambda *given, w=weights: functional_call(model, w, given), batch,
+                                   weights["embed_tokens.weight"])
+        results.append([loss, *torch.autograd.grad(loss, list(weights.values()))])
+    for of_rows, of_one in zip(*results, strict=True):
+        torch.testing.assert_close(of_rows, of_one, rtol=1e-11, atol=1e-12)
+
+
+def test_peers_have_our_weights_and_gradients(monkeypatch):
+    """Every peer that is installed passes the check on mixed documents; one that is not says how to install it."""
+    from benchmarks import peers, train_step
+
+    result = harness.run("train_step", train_step.PRESETS, ["mixed"], CPU, dtype="float32", tiny=True, just_check=True)
+    found = result["presets"]["mixed"]
+    assert {"ours", "transformers", "transformers, padded"} <= set(found["checked"])
+    assert all(each["worst_error_over_bound"] <= 1 for each in found["checked"].values())
+    assert all("pip install" in reason for name, reason in found["not_run"].items() if name in ("litgpt", "torchtitan"))
+    monkeypatch.setitem(sys.modules, "litgpt.model", None)
+    with pytest.raises(harness.Unavailable, match="pip install"):
+        peers.litgpt(None, 100)
+
+
 def test_packed_documents_fill_rows():
     from benchmarks.attention import packed
 

@@ -111,3 +111,36 @@ def test_initialisation_is_near_uniform_and_repeatable():
 def test_impossible_shapes_are_refused(wrong):
     with pytest.raises(ValidationError):
         ModelConfig(**wrong)
+
+
+def test_compiled_layers_are_one_graph_for_any_documents():
+    """One graph a layer without a break, not made again for other documents; the same loss and gradients."""
+    torch.compiler.reset()
+    config = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, max_length=16)
+    plain, compiled = Decoder(config, 50).double(), Decoder(config, 50).double()
+    compiled.load_state_dict(plain.state_dict())
+    for layer in compiled.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for cuts in ([5, 5, 6], [16], [3, 11, -2]):  # negative: padding
+            number = torch.tensor([i if n > 0 else -1 for i, n in enumerate(cuts)])
+            document = number.repeat_interleave(torch.tensor(cuts).abs()).expand(2, -1)
+            positions = torch.cat([torch.arange(abs(n)) for n in cuts]).expand(2, -1)
+            ids = torch.randint(50, (2, 16), generator=generator)
+            found = []
+            for model in (plain, compiled):
+                model.zero_grad()
+                hidden = model(ids, positions, IntervalMask.causal(document))
+                hidden.square().mul(hidden.detach().sin()).sum().backward()
+                found.append([hidden.detach(), *(p.grad for p in model.parameters())])
+            for a, b in zip(*found, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_attention_that_compilers_see():
+    from onevocab.kernels.attention import _by_document
+
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    document = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 1, 1, 1, 1, 1]])
+    torch.library.opcheck(_by_document, (q, k, v, document, None))
