@@ -40,7 +40,7 @@ from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
 from onevocab.training.loop import NextTokenLoss, train_language
-from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
+from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.plan import activations, device_flops, lines, plan, probe, si
 from onevocab.training.precision import choose
 
@@ -160,6 +160,7 @@ class Run:
             folder = self.folder / stage.name
             if not (folder / "done.json").exists():
                 self._run(stage, folder, records[stage.name])
+        self.log.close()
 
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""
@@ -200,7 +201,7 @@ class Run:
         if self.main:
             write_json(folder / "done.json", record | {"seconds": seconds, "provenance": provenance()})
             metrics = self.folder / "metrics.jsonl"
-            if metrics.exists() and (drawn := loss_curves(read_metrics(metrics), stage.name)):
+            if metrics.exists() and (drawn := curves(read_metrics(metrics), stage.name)):
                 write_atomic(folder / "curves.png", drawn)
         distributed.barrier()
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
 from onevocab.tokenizers.media import encode_audio, encode_png
-from onevocab.training.metrics import loss_curves, read_metrics
+from onevocab.training.metrics import curves, read_metrics
 
 INTRO = {
     "Drawn from words": "Seeds 0, 1, 2, ..., in order, none left out. Under each: the prompt, and what the picture "
@@ -73,13 +73,13 @@ def wav(samples: np.ndarray, rate: int) -> str:
     return "data:audio/wav;base64," + base64.b64encode(encode_audio(samples, int(rate), format="WAV")).decode()
 
 
-def curves(run: Path) -> list[tuple[str, str]]:
+def curve_images(run: Path) -> list[tuple[str, str]]:
     """(stage, PNG data URI) of the losses in `metrics.jsonl`. A damaged line is skipped."""
     try:
         lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
     except OSError:
         return []
-    drawn = {stage: loss_curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}
+    drawn = {stage: curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}
     return [(str(stage), _png_uri(data)) for stage, data in drawn.items() if data]
 
 
@@ -235,5 +235,5 @@ def write(folder: Path, report: dict, sections: dict[str, list[Card]], drawings,
     write_json(folder / "report.json", report)
     if drawings:
         gallery(drawings, folder / "gallery.png")
-    write_atomic(folder / "index.html", page(report, sections, curves(run)))
+    write_atomic(folder / "index.html", page(report, sections, curve_images(run)))
     return folder / "index.html"

@@ -15,7 +15,7 @@ from tiny_training import Loader, run
 from onevocab.common.errors import UserError
 from onevocab.training import checkpoint
 from onevocab.training.faults import Stopped
-from onevocab.training.metrics import MetricsLog, loss_curves, read_metrics
+from onevocab.training.metrics import MetricsLog, curves, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,8 +121,8 @@ def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
         log.write("stage", step, loss_text=1.0 / step, loss_image=2.0 / step)
     with open(tmp_path / "m.jsonl", "a") as file:
         file.write('{"stage": "sta')
-    assert loss_curves(read_metrics(tmp_path / "m.jsonl"), "stage")[:4] == b"\x89PNG"
-    assert loss_curves(read_metrics(tmp_path / "m.jsonl"), "another") is None
+    assert curves(read_metrics(tmp_path / "m.jsonl"), "stage")[:4] == b"\x89PNG"
+    assert curves(read_metrics(tmp_path / "m.jsonl"), "another") is None
     log.cut_back("stage", 2)
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2]
 

@@ -104,7 +104,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=1)
     parser.add_argument("--until", type=int, default=-1, help="asked to stop after this step")
     parser.add_argument("--stall-seconds", type=float, default=600)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of TrainConfig, or of a section of it")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", 
+                        help="of TrainConfig, or of a section of it")
     parser.add_argument("--poison", type=int, default=-1, help="this step's weights are not finite on rank `on`")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a batch takes to come")
     parser.add_argument("--double", action="store_true", help="float64")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from tqdm import tqdm
 
 from onevocab.common.files import write_atomic
 from onevocab.training import distributed
+
+WANDB_SECONDS = 30  # to begin; then the run goes on without
 
 
 class Totals:
@@ -58,18 +61,21 @@ class Totals:
 class MetricsLog:
     """Appends JSON lines {"stage", "step", ...} to a file; active on one rank only (path None: does nothing).
 
-    wandb: a project's name, or None. wandb can never stop a run: whatever it raises is said once, then it is left out.
+    wandb: a project's name, or None; its files lie beside the log, also with WANDB_MODE=offline. wandb can never stop a
+    run: whatever it raises is said once, then it is left out.
     """
 
     def __init__(self, path=None, wandb: str | None = None, run_name: str = ""):
         self.path, self._wandb = Path(path) if path else None, None
         if self.path and wandb:
-            try:
+            def begin():
                 import wandb as library
 
-                self._wandb = library.init(project=wandb, name=run_name)
-            except Exception as error:
-                print(f"wandb is left out: {error}", file=sys.stderr)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                settings = library.Settings(init_timeout=WANDB_SECONDS, silent=True)
+                return library.init(project=wandb, name=run_name, dir=self.path.parent, settings=settings)
+
+            self._wandb = self._attempt(begin)
 
     def write(self, stage: str, step: int, **values) -> None:
         if self.path is None:
@@ -77,11 +83,21 @@ class MetricsLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         if self._wandb is not None:
-            try:
-                self._wandb.log({f"{stage}/{name}": value for name, value in values.items()})
-            except Exception as error:
-                print(f"wandb is left out from here: {error}", file=sys.stderr)
-                self._wandb = None
+            named = {f"{stage}/{name}": value for name, value in {"step": step, **values}.items()}
+            self._attempt(lambda: self._wandb.log(named))
+
+    def close(self) -> None:
+        """Lets wandb send what it still has."""
+        if self._wandb is not None:
+            self._attempt(lambda: self._wandb.finish())
+
+    def _attempt(self, work):
+        try:
+            return work()
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else repr(error)
+            print(f"wandb is left out from here: {reason}", file=sys.stderr)
+            self._wandb = None
 
     def cut_back(self, stage: str, step: int) -> None:
         """Forgets a stage's lines after `step`: a resumed run writes them again."""
@@ -102,22 +118,38 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
-def loss_curves(lines: list[dict], stage: str) -> bytes | None:
-    """A stage's losses over its steps, from the lines of a metrics.jsonl, as a PNG; None when there are none."""
+# What stands together in a picture: title, names of values, whether on a logarithmic scale.
+PANELS = [
+    ("loss (nats a token)", r"loss(_\w+)?", True),
+    ("gradient norm", r"gradient_norm", True),
+    ("norm of the last layer's output, z", r"output_norm|z", False),
+    ("tokens a second", r"tokens_per_second(_\w+)?", False),
+]
+
+
+def curves(lines: list[dict], stage: str, panels=PANELS) -> bytes | None:
+    """A stage's losses and signals over its steps, from the lines of a metrics.jsonl, as a PNG; None when there are no
+    losses. Panels without values are left out."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no state
 
     lines = [line for line in lines if line.get("stage") == stage]
-    names = sorted({name for line in lines for name in line if name == "loss" or name.startswith("loss_")})
-    if not names:
+    names = {name for line in lines for name in line}
+    drawn = [(title, found, log) for title, pattern, log in panels
+             if (found := sorted(name for name in names if re.fullmatch(pattern, name)))]
+    if not any(re.fullmatch(PANELS[0][1], name) for name in names):
         return None
-    figure = Figure(figsize=(6, 3.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=1.2)
-    axes.set(title=stage, xlabel="step", ylabel="loss (nats a token)" if len(names) > 1 else "loss", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    columns = min(len(drawn), 2)
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(6 * columns, 3.5 * rows), dpi=110, layout="constrained")
+    figure.suptitle(stage)
+    for place, (title, found, log) in enumerate(drawn, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for name in found:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), label=re.sub("^(loss|tokens_per_second)_", "", name), linewidth=1.2)
+        axes.set(title=title, xlabel="step", yscale="log" if log else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
