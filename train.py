@@ -28,10 +28,12 @@ from onevocab.data.loader import Batch, PackedLoader
 from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
+from onevocab.generation.sources import open_source
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
+from onevocab.model.pretrained import agreed
 from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
-from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.tokenizers.vocab import Vocabulary
@@ -56,11 +58,23 @@ class LanguageStage(TrainConfig, StageData):
         return self
 
 
+class ModelSection(ModelConfig):
+    """[model]: a shape, or init: a Hugging Face Qwen3 folder, which has one."""
+
+    init: str | None = None
+
+    @property
+    def shape(self) -> ModelConfig:
+        return ModelConfig(**self.model_dump(exclude={"init"}))
+
+
 class RunConfig(BaseModel):
-    """One TOML file. folder: where the run lives; threads: CPU threads a rank (0: torch's choice)."""
+    """One TOML file. folder: where the run lives; init_from: a run whose tokenizers and weights this one starts from;
+    threads: CPU threads a rank (0: torch's choice)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: str
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0)
@@ -69,7 +83,7 @@ class RunConfig(BaseModel):
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
-    model: ModelConfig
+    model: ModelSection
     pretrain: LanguageStage
     instruct: LanguageStage
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -82,14 +96,22 @@ def read_config(path, overrides: list[str]) -> RunConfig:
             data = tomllib.load(file)
         config = RunConfig.model_validate(data)
         # AvoidSubcommands: --data.demo.seed=1 is an option like any other although [data.demo] may be absent.
-        return tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
-                        config=(tyro.conf.AvoidSubcommands,))
+        config = tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
+                          config=(tyro.conf.AvoidSubcommands,))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; see configs/ for examples") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise invalid(error, path) from None
+    source = open_source(config.model.init, config.init_from)
+    if source is None:
+        return config
+    words = [word.partition("=")[0].removeprefix("--model.").replace("-", "_") for word in overrides
+             if word.startswith("--model.")]
+    given = {*data.get("model", {}), *(word.removeprefix("no_") for word in words)} - {"init"}
+    shape = agreed(source.config, {key: getattr(config.model, key) for key in sorted(given)}, source.folder)
+    return config.model_copy(update={"model": ModelSection(**shape.model_dump(), init=config.model.init)})
 
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
@@ -115,18 +137,33 @@ class Run:
             torch.set_num_threads(config.threads)
         self.main = distributed.is_main()
         shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
-        language = {"seed": config.seed, "model": config.model.model_dump(mode="json")}
+        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
+        self.source, begun = open_source(config.model.init, config.init_from), {}
+        self.kept: list[str] = []  # media whose tokenizers come from there, in the order of its vocabulary
+        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", "image", "audio")}
+        if self.source is not None:
+            if config.init_from and self.folder.resolve() == self.source.folder.resolve():
+                raise UserError(f"init_from is {self.folder} itself; use another --folder")
+            self.kept = list(self.source.vocabulary().spans)
+            tokenizers, weights = distributed.broadcast(self._look_at_source() if self.main else None)
+            made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
+            begun = {"init": weights}
         self.stages = [
             Stage("shards", _settings(config.data), (), self.write_shards),
-            Stage("text", _settings(config.text) | shared, ("shards",), self.train_text),
-            Stage("image", _settings(config.image) | shared, ("shards",), self.train_image),
-            Stage("audio", _settings(config.audio) | shared, ("shards",), self.train_audio),
+            Stage("text", made_of["text"], ("shards",), self.train_text),
+            Stage("image", made_of["image"], ("shards",), self.train_image),
+            Stage("audio", made_of["audio"], ("shards",), self.train_audio),
             Stage("codes", {}, ("shards", "text", "image", "audio"), self.write_codes),
-            Stage("pretrain", _settings(config.pretrain) | language, ("codes",),
+            Stage("pretrain", _settings(config.pretrain) | language | begun, ("codes",),
                   lambda: self.train_stage("pretrain", config.pretrain, None)),
             Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
                   lambda: self.train_stage("instruct", config.instruct, "pretrain")),
         ]
+
+    def _look_at_source(self) -> tuple[dict, dict]:
+        """Nothing is written before it is known to be whole."""
+        self.source.check()
+        return self.source.identity()
 
     def train(self) -> None:
         """Every stage in order; finished ones are skipped, an interrupted one continues.
@@ -205,13 +242,22 @@ class Run:
 
     def train_text(self) -> None:
         def work():
-            sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
-            tokenizer = TextTokenizer.train(sample, self.config.text)
+            if self.source is not None:
+                tokenizer = self.source.text()
+            else:
+                sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
+                tokenizer = TextTokenizer.train(sample, self.config.text)
             write_json(self.folder / "text" / "text.json", tokenizer.to_json())
 
         self.on_main(work)
 
+    def keep_tokenizer(self, name: str) -> None:
+        """A medium that the source knows keeps its tokenizer, whatever the configuration says."""
+        self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
+
     def train_image(self) -> None:
+        if "image" in self.kept:
+            return self.keep_tokenizer("image")
         tokenizer = ImageTokenizer(self.config.image)
         pixels = pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
 
@@ -222,6 +268,8 @@ class Run:
         self._train_autoencoder("image", tokenizer, sample, self.config.image)
 
     def train_audio(self) -> None:
+        if "audio" in self.kept:
+            return self.keep_tokenizer("audio")
         tokenizer = AudioTokenizer(self.config.audio)
         mels = clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
         if len(mels):
@@ -252,8 +300,10 @@ class Run:
                                                    self.config.data.workers))
 
     def _gather_tokenizers(self) -> None:
-        media = {}
+        media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
         for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
+            if tokenizer.name in self.kept:
+                continue
             found = checkpoint.load_latest(self.folder / tokenizer.name, tokenizer, restore_rng=False)
             if found and found.damaged:
                 raise UserError(f"{found.damaged[0]}; remove {self.folder / tokenizer.name / 'done.json'} to train its "
@@ -263,7 +313,7 @@ class Run:
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
         Tokenizers(text, media).save(self.folder / "tokenizers")
 
-    def train_stage(self, name: str, settings: LanguageStage, init_from: str | None) -> None:
+    def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
@@ -277,13 +327,17 @@ class Run:
 
         lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
         loader = Curriculum(read(settings.sources), lessons)
-        decoder = Decoder(self.config.model, tokenizers.vocab.size).to(self.device)
-        if init_from:
-            steps = checkpoint.list_steps(self.folder / init_from)
+        shape = self.config.model.shape
+        decoder = Decoder(shape, tokenizers.vocab.size).to(self.device)
+        if after:
+            steps = checkpoint.list_steps(self.folder / after)
             if not steps:
-                raise UserError(f"{self.folder / init_from} holds no checkpoint; remove its done.json")
+                raise UserError(f"{self.folder / after} holds no checkpoint; remove its done.json")
             checkpoint.load_into(decoder, checkpoint.load_weights(steps[0])[0], steps[0])
-        info = {"config": self.config.model.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
+        elif self.source is not None and not checkpoint.list_steps(self.folder / name):
+            self.source.load(decoder, tokenizers.vocab)
+        decoder.old_rows = 0 if self.source is None else self.source.rows
+        info = {"config": shape.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
                        self.device)
@@ -314,10 +368,15 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         raise invalid(error, "--plan") from None
     folder, device = Path(config.folder), torch.device("cpu")
     if (folder / "tokenizers" / "vocabulary.json").is_file():
-        vocabulary, source = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
+        vocabulary, said = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
     else:
+        source = open_source(config.model.init, config.init_from)
+        old = Vocabulary.build(config.text.vocab_size, []) if source is None else source.vocabulary()
         media = [ImageTokenizer(config.image).layout, AudioTokenizer(config.audio).layout]
-        vocabulary, source = Vocabulary.build(config.text.vocab_size, media), "as configured, no tokenizers yet"
+        vocabulary = old.extended([layout for layout in media if layout["name"] not in old.spans])
+        said = "as configured, no tokenizers yet"
+        if source is not None:
+            said = f"{source.rows:,} of {source.folder}, {vocabulary.size - source.rows:,} new"
 
     def network(layers: int, size: int) -> NextTokenLoss:
         return NextTokenLoss(Decoder(config.model.model_copy(update={"layers": layers}), size), config.pretrain.z_loss)
@@ -325,7 +384,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     with torch.device("meta"):
         model = network(config.model.layers, vocabulary.size)
     found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
-             f"({source})"]
+             f"({said})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
         loader, shape = stage.loader, config.model
         if loader.rows_per_step % supposed.devices:
