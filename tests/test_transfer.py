@@ -314,6 +314,37 @@ def test_a_tokenizer_that_cannot_be_represented_is_one_line(folder, change, mess
     assert message in str(error.value) and "\n" not in str(error.value) and "tokenizer.json" in str(error.value)
 
 
+def test_what_is_not_refused_merges_as_hugging_face_does(tmp_path):
+    """Random lists of merges, most of which no training makes: whatever is accepted gives the same ids."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    draw, accepted = random.Random(1), 0
+    letters = {character: value for value, character in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    for _ in range(80):
+        vocab, pieces, merges = dict(letters), ["a", "b"], []
+        for _ in range(draw.randrange(2, 12)):
+            pair = draw.choice(pieces), draw.choice(pieces)
+            if pair not in merges:
+                merges.append(pair)
+                if "".join(pair) not in vocab:
+                    vocab["".join(pair)] = len(vocab)
+                    pieces.append("".join(pair))
+        theirs = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        theirs.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(r"\s+|\S+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        try:
+            mine = read_tokenizer(tmp_path, 400)
+        except UserError:
+            continue
+        accepted += 1
+        for _ in range(40):
+            text = "".join(draw.choice("aab") for _ in range(draw.randrange(1, 20)))
+            assert mine.encode(text) == theirs.encode(text).ids, (merges, text)
+    assert 20 < accepted < 80
+
+
 def test_merges_as_strings_are_the_same(folder):
     before = read_tokenizer(folder, ROWS).to_json()
     edit(folder / "tokenizer.json", lambda data: data["model"].update(
