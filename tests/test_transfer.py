@@ -259,7 +259,7 @@ def test_added_tokens_are_only_text_and_padding_is_nothing(folder, peer):
         assert max(mine.encode(text)) < PIECES <= max(peer.encode(text).ids)
         assert mine.decode(mine.encode(text)) == text
     assert mine.decode([PIECES, ROWS - 1, *mine.encode("dog"), ROWS + 5]) == "dog"
-    vocabulary = Vocabulary.build(mine.size, [], mine.size - mine.stop)
+    vocabulary = Tokenizers(mine, {}).vocab
     assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
     assert vocabulary.in_use().nonzero()[0].tolist() == [*range(PIECES), *range(ROWS, ROWS + 7)]
     assert Grammar(vocabulary, budget=3).legal == (range(PIECES), range(ROWS, ROWS + 1)), "no row without a piece"
@@ -343,6 +343,20 @@ def test_what_is_not_refused_merges_as_hugging_face_does(tmp_path):
             text = "".join(draw.choice("aab") for _ in range(draw.randrange(1, 20)))
             assert mine.encode(text) == theirs.encode(text).ids, (merges, text)
     assert 20 < accepted < 80
+
+
+def test_added_tokens_may_come_first(tmp_path, peer):
+    """As a tokenizer that was trained with them has it: in the list of pieces, before the bytes."""
+    data = json.loads(peer.to_str())
+    data["added_tokens"] = [token | {"id": id, "content": f"<{id} \u4e2d>"} for id, token in
+                            enumerate(data["added_tokens"])]
+    data["model"]["vocab"] = {token["content"]: token["id"] for token in data["added_tokens"]} | {
+        piece: id + 4 for piece, id in data["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    theirs, mine = type(peer).from_file(str(tmp_path / "tokenizer.json")), read_tokenizer(tmp_path, ROWS)
+    mine = TextTokenizer.from_json(mine.to_json())
+    assert mine.encode(ugly(300)) == theirs.encode(ugly(300)).ids
+    assert mine.decode([0, 3, *mine.encode("dog")]) == "dog" and mine.stop == PIECES + 4
 
 
 def test_merges_as_strings_are_the_same(folder):
