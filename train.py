@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
-from onevocab.common.provenance import provenance
+from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
 from onevocab.data.curriculum import Curriculum, Lesson
@@ -28,10 +28,9 @@ from onevocab.data.loader import Batch, PackedLoader
 from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
-from onevocab.generation.sources import open_source
-from onevocab.model.config import ModelConfig
+from onevocab.generation.sources import open_source, take_shape
+from onevocab.model.config import ModelSection
 from onevocab.model.decoder import Decoder
-from onevocab.model.pretrained import agreed
 from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
@@ -56,16 +55,6 @@ class LanguageStage(TrainConfig, StageData):
         if late:
             raise ValueError(f"the lesson from step {late[0]} on ends after the stage's {self.steps} steps")
         return self
-
-
-class ModelSection(ModelConfig):
-    """[model]: a shape, or init: a Hugging Face Qwen3 folder, which has one."""
-
-    init: str | None = None
-
-    @property
-    def shape(self) -> ModelConfig:
-        return ModelConfig(**self.model_dump(exclude={"init"}))
 
 
 class RunConfig(BaseModel):
@@ -105,13 +94,8 @@ def read_config(path, overrides: list[str]) -> RunConfig:
     except ValidationError as error:
         raise invalid(error, path) from None
     source = open_source(config.model.init, config.init_from)
-    if source is None:
-        return config
-    words = [word.partition("=")[0].removeprefix("--model.").replace("-", "_") for word in overrides
-             if word.startswith("--model.")]
-    given = {*data.get("model", {}), *(word.removeprefix("no_") for word in words)} - {"init"}
-    shape = agreed(source.config, {key: getattr(config.model, key) for key in sorted(given)}, source.folder)
-    return config.model_copy(update={"model": ModelSection(**shape.model_dump(), init=config.model.init)})
+    model = take_shape(source, config.model, data.get("model", {}), overrides)
+    return config.model_copy(update={"model": model})
 
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
@@ -145,7 +129,7 @@ class Run:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
             self.kept = list(self.source.vocabulary().spans)
-            tokenizers, weights = distributed.broadcast(self._look_at_source() if self.main else None)
+            tokenizers, weights = distributed.broadcast(self.source.identity() if self.main else None)
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
         self.stages = [
@@ -159,11 +143,6 @@ class Run:
             Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
                   lambda: self.train_stage("instruct", config.instruct, "pretrain")),
         ]
-
-    def _look_at_source(self) -> tuple[dict, dict]:
-        """Nothing is written before it is known to be whole."""
-        self.source.check()
-        return self.source.identity()
 
     def train(self) -> None:
         """Every stage in order; finished ones are skipped, an interrupted one continues.
@@ -195,7 +174,7 @@ class Run:
                 if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
                     raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
                 if found.get("hash") != record["hash"]:
-                    change = _difference(found.get("made_of", {}), made_of)
+                    change = first_difference(found.get("made_of", {}), made_of)
                     later = ", ".join(later.name for later in self.stages[len(records) :])
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
                                     f"use another --folder, or remove {path.parent}"
@@ -424,18 +403,6 @@ def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
 def _settings(model: BaseModel) -> dict:
     """What the result of a stage depends on."""
     return model.model_dump(mode="json", exclude=INCIDENTAL)
-
-
-def _difference(before: dict, after: dict, path: str = "") -> str:
-    """The first setting in which two nested values differ: "settings.steps: 100 then, 200 now"."""
-    for key in sorted(before.keys() | after.keys()):
-        one, two = before.get(key), after.get(key)
-        if isinstance(one, dict) and isinstance(two, dict):
-            if found := _difference(one, two, f"{path}{key}."):
-                return found
-        elif one != two:
-            return f"{path}{key}: {one} then, {two} now"
-    return ""
 
 
 @cli

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json, sha256_file
 from onevocab.generation.anytoany import STAGES
-from onevocab.model.config import ModelConfig
+from onevocab.model.config import ModelConfig, ModelSection
 from onevocab.model.decoder import Decoder
-from onevocab.model.pretrained import check_weights, read_shape, read_weights, start_from, weight_files
+from onevocab.model.pretrained import agreed, check_weights, read_shape, read_weights, start_from, weight_files
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.pretrained_text import read_tokenizer
 from onevocab.tokenizers.text import TextTokenizer
@@ -29,6 +29,18 @@ def open_source(init: str | None, init_from: str | None):
     if init is not None:
         return PretrainedFolder(init)
     return None if init_from is None else OldRun(init_from)
+
+
+def take_shape(source, model: ModelSection, written: dict, overrides: list[str]) -> ModelSection:
+    """[model] with the shape of the source. Raises UserError where a key that is `written` in the file, or given on the
+    command line (`--model.dim=96`), says something else."""
+    if source is None:
+        return model
+    words = [word.partition("=")[0].removeprefix("--model.").replace("-", "_") for word in overrides
+             if word.startswith("--model.")]
+    given = {*written, *(word.removeprefix("no_") for word in words)} - {"init"}
+    shape = agreed(source.config, {key: getattr(model, key) for key in sorted(given)}, source.folder)
+    return ModelSection(**shape.model_dump(), init=model.init)
 
 
 class PretrainedFolder:
@@ -48,7 +60,9 @@ class PretrainedFolder:
             raise UserError(f"{self.folder / 'tokenizer.json'} is missing")
 
     def identity(self) -> tuple[dict, dict]:
-        """sha256 of what the tokenizer is made of, and of what the weights are."""
+        """sha256 of what the tokenizer is made of, and of what the weights are, after `check`."""
+        self.check()
+
         def hashes(files):
             return {path.name: sha256_file(path) for path in files}
 
@@ -98,6 +112,8 @@ class OldRun:
         load_weights(self.step)
 
     def identity(self) -> tuple[dict, dict]:
+        """As above."""
+        self.check()
         text = {"tokenizers": Tokenizers.load(self.folder / "tokenizers").hash}
         return text, {"model.safetensors": sha256_file(self.step / "model.safetensors")}
 
