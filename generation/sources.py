@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json, sha256_file
+from onevocab.common.provenance import first_difference
 from onevocab.generation.anytoany import STAGES
 from onevocab.model.config import ModelConfig, ModelSection
 from onevocab.model.decoder import Decoder
@@ -129,6 +130,6 @@ class OldRun:
     def load(self, decoder: Decoder, vocabulary: Vocabulary) -> None:
         """Puts the weights into a decoder of the same shape, whose vocabulary begins with the old one."""
         if not self._vocabulary.is_prefix_of(vocabulary):
-            raise UserError(f"{self.folder} has another vocabulary: {self._vocabulary.to_json()} is not how "
-                            f"{vocabulary.to_json()} begins")
+            change = first_difference(self._vocabulary.to_json(), vocabulary.to_json())
+            raise UserError(f"{self.folder} has another vocabulary, which does not begin this one ({change})")
         start_from(decoder, load_weights(self.step)[0].items(), torch.from_numpy(self._vocabulary.in_use()))

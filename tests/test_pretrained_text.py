@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_million_of_one_character_does_no_harm(folder):
     mine = read_tokenizer(folder, ROWS)
     for run in (" " * 1_000_001, "a" * 100_000):
         assert mine.decode(mine.encode(run)) == run
+
+
+def test_a_heap_of_marks_is_put_in_order_and_soon(folder):
+    mine, draw = read_tokenizer(folder, ROWS), random.Random(2)
+    marks = [chr(c) for c in range(0x30000) if unicodedata.combining(chr(c))]
+    for count in (3, 999, 1500):
+        text = "".join(draw.choice("e\u00e9!\u1100") + "".join(draw.choices(marks, k=count)) for _ in range(4))
+        assert mine.normalise(text) == unicodedata.normalize("NFC", text)
+    began = time.perf_counter()
+    mine.normalise("e" + "\u0301\u0323" * 100_000)
+    assert time.perf_counter() - began < 5, "half a minute by insertion"
 
 
 def test_added_tokens_are_only_text_and_padding_is_nothing(folder, peer):

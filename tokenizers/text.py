@@ -1,6 +1,7 @@
 """Byte-level BPE: trained with rustbpe on the run's own text, or a pretrained model's; used through tiktoken."""
 
 import base64
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -15,6 +16,9 @@ PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tiktoken's regex engine panics on very long runs of white space (a million; 300,000 pass); this many characters at
 # once are safe.
 CHUNK = 65_536
+
+# Where so many marks may follow each other that putting them in order, which Python does by insertion, takes long.
+MARKS = re.compile(r"[^\w\s\x00-\x7f]{1000,}")
 
 
 class TextConfig(BaseModel):
@@ -59,7 +63,7 @@ class TextTokenizer:
         if text.isascii():
             return text
         text = text.encode("utf-8", "replace").decode()
-        return unicodedata.normalize("NFC", text) if self.nfc else text
+        return _nfc(text) if self.nfc else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """ids -> str; bytes that are no UTF-8 become U+FFFD, ids without a piece nothing."""
@@ -97,3 +101,19 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:stop]
         start = stop
     yield text[start:]
+
+
+def _nfc(text: str) -> str:
+    """Unicode's form NFC (UAX #15), in about linear time: long runs of marks are brought into their canonical order,
+    sorted by combining class, beforehand."""
+    def ordered(match: re.Match) -> str:
+        found, marks = [], []
+        for character in match[0]:
+            if unicodedata.combining(character):
+                marks += unicodedata.normalize("NFD", character)
+            else:
+                found += [*sorted(marks, key=unicodedata.combining), character]
+                marks = []
+        return "".join(found + sorted(marks, key=unicodedata.combining))
+
+    return unicodedata.normalize("NFC", MARKS.sub(ordered, text))
