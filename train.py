@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
-from onevocab.common.provenance import provenance
+from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.config import DataConfig, StageData
 from onevocab.data.curriculum import Curriculum, Lesson
@@ -28,10 +28,11 @@ from onevocab.data.loader import Batch, LoaderConfig, PackedLoader
 from onevocab.data.remote import is_remote, list_sources
 from onevocab.data.tokenizer_samples import clips, pictures, texts
 from onevocab.evaluation.config import EvaluateConfig
-from onevocab.model.config import ModelConfig
+from onevocab.generation.sources import open_source, take_shape
+from onevocab.model.config import ModelSection
 from onevocab.model.decoder import Decoder
 from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
-from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.tokenizers.vocab import Vocabulary
@@ -41,7 +42,7 @@ from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
 from onevocab.training.loop import NextTokenLoss, train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
-from onevocab.training.plan import activations, device_flops, lines, plan, probe, si
+from onevocab.training.plan import PlanConfig, device_flops, probe, si, stage_lines
 from onevocab.training.precision import choose
 
 
@@ -70,11 +71,13 @@ class LanguageStage(TrainConfig, StageData):
 
 
 class RunConfig(BaseModel):
-    """One TOML file. folder: where the run lives; threads: CPU threads a rank (0: torch's choice); device_flops: FLOP/s
-    of a device as its data sheet says, for the MFU (0: what a plain product reaches here)."""
+    """One TOML file. folder: where the run lives; init_from: a run whose tokenizers and weights this one starts from;
+    threads: CPU threads a rank (0: torch's choice); device_flops: FLOP/s of a device as its data sheet says, for the
+    MFU (0: what a plain product reaches here)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: str
+    init_from: str | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = Field(default=0, ge=0)
@@ -84,7 +87,7 @@ class RunConfig(BaseModel):
     text: TextConfig = TextConfig()
     image: ImageConfig = ImageConfig()
     audio: AudioConfig = AudioConfig()
-    model: ModelConfig
+    model: ModelSection
     pretrain: LanguageStage
     instruct: LanguageStage
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -97,14 +100,17 @@ def read_config(path, overrides: list[str]) -> RunConfig:
             data = tomllib.load(file)
         config = RunConfig.model_validate(data)
         # AvoidSubcommands: --data.demo.seed=1 is an option like any other although [data.demo] may be absent.
-        return tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
-                        config=(tyro.conf.AvoidSubcommands,))
+        config = tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
+                          config=(tyro.conf.AvoidSubcommands,))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; see configs/ for examples") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise invalid(error, path) from None
+    source = open_source(config.model.init, config.init_from)
+    model = take_shape(source, config.model, data.get("model", {}), overrides)
+    return config.model_copy(update={"model": model})
 
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
@@ -131,14 +137,24 @@ class Run:
             torch.set_num_threads(config.threads)
         self.main = distributed.is_main()
         shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
-        language = {"seed": config.seed, "model": config.model.model_dump(mode="json")}
+        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
+        self.source, begun = open_source(config.model.init, config.init_from), {}
+        self.kept: list[str] = []  # media whose tokenizers come from there, in the order of its vocabulary
+        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", "image", "audio")}
+        if self.source is not None:
+            if config.init_from and self.folder.resolve() == self.source.folder.resolve():
+                raise UserError(f"init_from is {self.folder} itself; use another --folder")
+            self.kept = list(self.source.vocabulary().spans)
+            tokenizers, weights = distributed.broadcast(self.source.identity() if self.main else None)
+            made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
+            begun = {"init": weights}
         self.stages = [
             Stage("shards", _settings(config.data), (), self.write_shards),
-            Stage("text", _settings(config.text) | shared, ("shards",), self.train_text),
-            Stage("image", _settings(config.image) | shared, ("shards",), self.train_image),
-            Stage("audio", _settings(config.audio) | shared, ("shards",), self.train_audio),
+            Stage("text", made_of["text"], ("shards",), self.train_text),
+            Stage("image", made_of["image"], ("shards",), self.train_image),
+            Stage("audio", made_of["audio"], ("shards",), self.train_audio),
             Stage("codes", {}, ("shards", "text", "image", "audio"), self.write_codes),
-            Stage("pretrain", _settings(config.pretrain) | language, ("codes",),
+            Stage("pretrain", _settings(config.pretrain) | language | begun, ("codes",),
                   lambda: self.train_stage("pretrain", config.pretrain, None)),
             Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
                   lambda: self.train_stage("instruct", config.instruct, "pretrain")),
@@ -175,7 +191,7 @@ class Run:
                 if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
                     raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
                 if found.get("hash") != record["hash"]:
-                    change = _difference(found.get("made_of", {}), made_of)
+                    change = first_difference(found.get("made_of", {}), made_of)
                     later = ", ".join(later.name for later in self.stages[len(records) :])
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
                                     f"use another --folder, or remove {path.parent}"
@@ -222,13 +238,22 @@ class Run:
 
     def train_text(self) -> None:
         def work():
-            sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
-            tokenizer = TextTokenizer.train(sample, self.config.text)
+            if self.source is not None:
+                tokenizer = self.source.text()
+            else:
+                sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
+                tokenizer = TextTokenizer.train(sample, self.config.text)
             write_json(self.folder / "text" / "text.json", tokenizer.to_json())
 
         self.on_main(work)
 
+    def keep_tokenizer(self, name: str) -> None:
+        """A medium that the source knows keeps its tokenizer, whatever the configuration says."""
+        self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
+
     def train_image(self) -> None:
+        if "image" in self.kept:
+            return self.keep_tokenizer("image")
         tokenizer = ImageTokenizer(self.config.image)
         pixels = pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
 
@@ -239,6 +264,8 @@ class Run:
         self._train_autoencoder("image", tokenizer, sample, self.config.image)
 
     def train_audio(self) -> None:
+        if "audio" in self.kept:
+            return self.keep_tokenizer("audio")
         tokenizer = AudioTokenizer(self.config.audio)
         mels = clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
         if len(mels):
@@ -269,9 +296,10 @@ class Run:
                                                    self.config.data.workers))
 
     def _gather_tokenizers(self) -> None:
-        media = {}
+        media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
         for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
-            if steps := checkpoint.list_steps(self.folder / tokenizer.name):
+            steps = checkpoint.list_steps(self.folder / tokenizer.name)
+            if steps and tokenizer.name not in self.kept:
                 try:
                     weights, _ = checkpoint.load_weights(steps[0])
                 except UserError as error:
@@ -282,7 +310,7 @@ class Run:
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
         Tokenizers(text, media).save(self.folder / "tokenizers")
 
-    def train_stage(self, name: str, settings: LanguageStage, init_from: str | None) -> None:
+    def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
@@ -296,13 +324,20 @@ class Run:
 
         lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
         loader = Curriculum(read(settings.sources), lessons)
-        decoder = Decoder(self.config.model, tokenizers.vocab.size).to(self.device)
-        if init_from:
-            steps = checkpoint.list_steps(self.folder / init_from)
+        shape = self.config.model.shape
+        decoder = Decoder(shape, tokenizers.vocab.size).to(self.device)
+        if after:
+            steps = checkpoint.list_steps(self.folder / after)
             if not steps:
-                raise UserError(f"{self.folder / init_from} holds no checkpoint; remove its done.json")
+                raise UserError(f"{self.folder / after} holds no checkpoint; remove its done.json")
             checkpoint.load_into(decoder, checkpoint.load_weights(steps[0])[0], steps[0])
-        info = {"config": self.config.model.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
+        elif self.source is not None and not checkpoint.list_steps(self.folder / name):
+            self.source.load(decoder, tokenizers.vocab)
+        decoder.old_rows = 0 if self.source is None else self.source.rows
+        if settings.new_rows_steps and not 0 < decoder.old_rows < tokenizers.vocab.size:
+            raise UserError(f"{name}: new_rows_steps is for a run that starts from other weights (model.init, "
+                            "init_from) and adds rows to their vocabulary; leave it out")
+        info = {"config": shape.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
         peak = self.config.device_flops or device_flops(self.device, choose(settings.precision, self.device))[0]
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
@@ -314,17 +349,6 @@ def placed(folder: Path, path: str) -> str:
     return path if is_remote(path) else str(folder / path)
 
 
-class PlanConfig(BaseModel):
-    """What `--plan` supposes. flops: a device's, in FLOP/s (0: `device_flops`); watts: a device's and its share of the
-    rest (0: no energy)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    devices: int = Field(default=1, ge=1)
-    mfu: float = Field(default=0.4, gt=0, le=1)
-    flops: float = Field(default=0.0, ge=0)
-    watts: float = Field(default=0.0, ge=0)
-
-
 def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     """What `--plan` prints. Nothing is written, and no weights are made. Raises UserError on another `--plan...`."""
     pairs = [word.removeprefix("--plan").removeprefix(".").partition("=") for word in words if word != "--plan"]
@@ -332,42 +356,29 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         supposed = PlanConfig.model_validate({key: value for key, _, value in pairs})
     except ValidationError as error:
         raise invalid(error, "--plan") from None
-    folder, device = Path(config.folder), torch.device("cpu")
+    folder = Path(config.folder)
     if (folder / "tokenizers" / "vocabulary.json").is_file():
-        vocabulary, source = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
+        vocabulary, said = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
     else:
+        source = open_source(config.model.init, config.init_from)
+        old = Vocabulary.build(config.text.vocab_size, []) if source is None else source.vocabulary()
         media = [ImageTokenizer(config.image).layout, AudioTokenizer(config.audio).layout]
-        vocabulary, source = Vocabulary.build(config.text.vocab_size, media), "as configured, no tokenizers yet"
+        vocabulary = old.extended([layout for layout in media if layout["name"] not in old.spans])
+        said = "as configured, no tokenizers yet"
+        if source is not None:
+            said = f"{source.rows:,} of {source.folder}, {vocabulary.size - source.rows:,} new"
 
     def network(layers: int, size: int) -> NextTokenLoss:
         return NextTokenLoss(Decoder(config.model.model_copy(update={"layers": layers}), size), config.pretrain.z_loss)
 
     with torch.device("meta"):
         model = network(config.model.layers, vocabulary.size)
-    layer = 4 * sum(p.numel() for p in model.decoder.layers[0].parameters())
-    outside = 4 * sum(p.numel() for p in model.parameters()) - layer * config.model.layers
     found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
-             f"({source})"]
+             f"({said})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
-        loader = stage.rows
-        if loader.rows_per_step % supposed.devices:
-            raise UserError(f"{name}: rows_per_step = {loader.rows_per_step} does not divide over {supposed.devices} "
-                            "devices; choose a multiple")
-        precision = choose(stage.precision, device)
-        rows = loader.rows_per_step // supposed.devices
-        at_once = min(stage.micro_rows or rows, rows)
-        # Everything but the head's weight, which is not among them, is the same for a small vocabulary.
-        kept = activations(lambda layers: network(layers, 1024), probe(Batch, 1024), config.model.layers,
-                           at_once * loader.row_length, precision, stage.recompute)
-        sharded = stage.parallel == "fsdp2" and supposed.devices > 1
-        # FSDP2 gathers a layer while the one before it computes, in the precision of its matmuls.
-        gathered = outside + 2 * layer // (2 if precision == "bfloat16" else 1) if sharded else 0
-        made = plan(model, model.decoder.flops(1, loader.row_length / 2), kept, stage.optimizer,
-                    supposed.devices if sharded else 1, gathered)
-        flops = supposed.flops or config.device_flops or device_flops(device, precision)[0]
-        words = f"{stage.steps:,} steps of {loader.rows_per_step} rows of {loader.row_length:,}, {at_once} at once"
-        tokens = stage.steps * loader.rows_per_step * loader.row_length
-        found += lines(name, made, tokens, words, supposed.devices, flops, supposed.mfu, supposed.watts)
+        # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
+        found += stage_lines(name, stage, stage.rows.rows_per_step, stage.rows.row_length, model,
+                             lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
         if (folder / "codes" / "done.json").is_file():
             found += _source_lines(config, stage)
     return found
@@ -389,18 +400,6 @@ def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
 def _settings(model: BaseModel) -> dict:
     """What the result of a stage depends on."""
     return model.model_dump(mode="json", exclude=INCIDENTAL)
-
-
-def _difference(before: dict, after: dict, path: str = "") -> str:
-    """The first setting in which two nested values differ: "settings.steps: 100 then, 200 now"."""
-    for key in sorted(before.keys() | after.keys()):
-        one, two = before.get(key), after.get(key)
-        if isinstance(one, dict) and isinstance(two, dict):
-            if found := _difference(one, two, f"{path}{key}."):
-                return found
-        elif one != two:
-            return f"{path}{key}: {one} then, {two} now"
-    return ""
 
 
 @cli

@@ -54,3 +54,15 @@ def provenance() -> dict:
     """versions, device, commit, date (UTC) and command of this process."""
     return {"versions": versions(), "device": device(), "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), "command": shlex.join(sys.argv)}
+
+
+def first_difference(before: dict, after: dict, path: str = "") -> str:
+    """The first setting in which two nested values differ: "settings.steps: 100 then, 200 now"; "" where none does."""
+    for key in sorted(before.keys() | after.keys()):
+        one, two = before.get(key), after.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            if found := first_difference(one, two, f"{path}{key}."):
+                return found
+        elif one != two:
+            return f"{path}{key}: {one} then, {two} now"
+    return ""

@@ -26,3 +26,13 @@ class ModelConfig(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
         return self
+
+
+class ModelSection(ModelConfig):
+    """[model]: a shape, or `init`, a Hugging Face Qwen3 folder, which has one. A path is no part of the shape."""
+
+    init: str | None = None
+
+    @property
+    def shape(self) -> ModelConfig:
+        return ModelConfig(**self.model_dump(exclude={"init"}))

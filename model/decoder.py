@@ -80,7 +80,12 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Ids in, hidden states out; `logits`, or `linear_cross_entropy` with `head_weight`, does the rest."""
+    """Ids in, hidden states out; `logits`, or `linear_cross_entropy` with `head_weight`, does the rest.
+
+    old_rows: how many rows of the vocabulary were there before this training began; 0: it began with none.
+    """
+
+    old_rows = 0
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
@@ -105,6 +110,11 @@ class Decoder(nn.Module):
                     if name.endswith(("o_proj.weight", "down_proj.weight")):
                         std *= 0.1 / self.config.layers**0.5
                     parameter.normal_(std=std, generator=generator)
+
+    @property
+    def row_parameters(self) -> list[str]:
+        """Names of the parameters that have a row for each id."""
+        return ["embed_tokens.weight"] + ([] if self.lm_head is None else ["lm_head.weight"])
 
     @property
     def head_weight(self) -> Tensor:

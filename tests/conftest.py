@@ -100,3 +100,11 @@ def raw(tmp_path_factory):
         for key, members in raw_samples(24):
             writer.write(key, members)
     return folder
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """Hugging Face's tokenizer, made as Qwen's is."""
+    from tiny_qwen import make_tokenizer
+
+    return make_tokenizer()

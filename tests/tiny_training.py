@@ -64,10 +64,11 @@ class Loader:
 CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
 
 
-def run(folder: Path, loader=None, config=CONFIG, **more) -> dict[str, torch.Tensor]:
+def run(folder: Path, loader=None, config=CONFIG, old_rows: int = 0, **more) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
     decoder.to(loader.dtype if loader else torch.float32)
+    decoder.old_rows = old_rows
     log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None)
     train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"], log, "stage",
                    torch.device("cpu"), **more)

@@ -48,7 +48,8 @@ class Tokenizers:
 
     def __init__(self, text: TextTokenizer, media: dict):
         self.text, self.media = text, media
-        self.vocab = Vocabulary.build(text.size, [tokenizer.layout for tokenizer in media.values()])
+        self.vocab = Vocabulary.build(text.size, [tokenizer.layout for tokenizer in media.values()],
+                                      text.size - text.stop)
         self._hash: str | None = None
         self.folder: Path | None = None  # where they are saved
 

@@ -77,7 +77,7 @@ class Grammar:
                   if self.want in ("any", span.name) and span.name in self._smallest
                   and self._smallest[span.name] <= self.left]
         if self.want in ("any", "text"):
-            ranges += [range(self.vocab.text_size), self._stop]
+            ranges += [self.vocab.text, self._stop]
         self._set(*ranges)
 
     def _finish(self) -> None:

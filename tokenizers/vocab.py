@@ -120,19 +120,26 @@ class Span:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """text_size: ids of the text encoding (all padded rows of a pretrained one); ranges: the media spans, in order."""
+    """text_size: ids of the text encoding (all padded rows of a pretrained one); ranges: the media spans, in order;
+    text_unused: how many at the end of the text's ids no text is written with."""
 
     text_size: int
     ranges: tuple[Span, ...] = ()
+    text_unused: int = 0
 
     @staticmethod
-    def build(text_size: int, media: list[dict]) -> "Vocabulary":
+    def build(text_size: int, media: list[dict], text_unused: int = 0) -> "Vocabulary":
         """media: dicts of name, sizes, codes, rows, appended in that order."""
         start, ranges = text_size + len(SPECIALS) + SPARE, []
         for layout in media:
             ranges.append(Span(start=start, **layout))
             start = ranges[-1].stop
-        return Vocabulary(text_size, tuple(ranges))
+        return Vocabulary(text_size, tuple(ranges), text_unused)
+
+    def extended(self, media: list[dict]) -> "Vocabulary":
+        """This one with more ranges: it is a prefix of the result."""
+        layouts = [{key: getattr(span, key) for key in ("name", "sizes", "codes", "rows")} for span in self.ranges]
+        return Vocabulary.build(self.text_size, layouts + media, self.text_unused)
 
     def __getattr__(self, name: str) -> int:
         # `vocabulary.user` is the id of <|user|>; end_of_turn stands first, so that text + end_of_turn is one slice.
@@ -143,6 +150,11 @@ class Vocabulary:
     @property
     def size(self) -> int:
         return self.ranges[-1].stop if self.ranges else self.text_size + len(SPECIALS) + SPARE
+
+    @property
+    def text(self) -> range:
+        """The ids that text is written with."""
+        return range(self.text_size - self.text_unused)
 
     @cached_property
     def spans(self) -> dict[str, Span]:
@@ -167,9 +179,18 @@ class Vocabulary:
         starts = np.array([span.start for span in self.ranges])
         return np.searchsorted(starts, ids, side="right").astype(np.uint8)
 
+    def in_use(self) -> np.ndarray:
+        """Which ids mean something, bool (size,): not those that pad a pretrained text, nor the spare specials."""
+        used = np.ones(self.size, bool)
+        used[self.text.stop : self.text_size] = False
+        spare = self.text_size + len(SPECIALS)
+        used[spare : spare + SPARE] = False
+        return used
+
     def to_json(self) -> dict:
-        return {"text_size": self.text_size, "specials": list(SPECIALS), "spare": SPARE,
-                "ranges": [asdict(span) for span in self.ranges]}
+        found = {"text_size": self.text_size, "specials": list(SPECIALS), "spare": SPARE,
+                 "ranges": [asdict(span) for span in self.ranges]}
+        return found | ({"text_unused": self.text_unused} if self.text_unused else {})  # older hashes stay
 
     @staticmethod
     def from_json(data: dict) -> "Vocabulary":
@@ -177,7 +198,10 @@ class Vocabulary:
         try:
             if tuple(data["specials"]) != SPECIALS or data["spare"] != SPARE:
                 raise UserError("this vocabulary has other special tokens than this version of onevocab")
-            return Vocabulary(int(data["text_size"]), tuple(Span(**span) for span in data["ranges"]))
+            text_size, unused = int(data["text_size"]), int(data.get("text_unused", 0))
+            if not 0 <= unused < text_size:
+                raise ValueError("text_unused")
+            return Vocabulary(text_size, tuple(Span(**span) for span in data["ranges"]), unused)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this vocabulary file is broken ({error}); train the tokenizers again") from None
 
@@ -188,5 +212,5 @@ class Vocabulary:
     def is_prefix_of(self, other: "Vocabulary") -> bool:
         """Whether every id of this vocabulary means the same in `other`."""
         mine, theirs = self.to_json(), other.to_json()
-        same_text = all(mine[key] == theirs[key] for key in ("text_size", "specials", "spare"))
+        same_text = all(mine.get(key) == theirs.get(key) for key in ("text_size", "text_unused", "specials", "spare"))
         return same_text and theirs["ranges"][: len(mine["ranges"])] == mine["ranges"]

@@ -74,29 +74,28 @@ def backward(
     return mean, torch.cat(nlls)
 
 
-def keep_new_rows(decoder: nn.Module, old_rows: int) -> None:
-    """Of all gradients leaves only those of the embedding's and the head's rows from `old_rows` on."""
-    tables = {id(decoder.embed_tokens.weight), id(decoder.head_weight)}
-    for parameter in decoder.parameters():
-        if id(parameter) not in tables:
+def keep_new_rows(decoder: nn.Module) -> None:
+    """Of all gradients leaves only those of the vocabulary's rows (`decoder.row_parameters`) that were not there when
+    its training began (from `decoder.old_rows` on)."""
+    for name, parameter in decoder.named_parameters():
+        if name not in decoder.row_parameters:
             parameter.grad = None
         elif parameter.grad is not None:
             rows = distributed.local(parameter.grad)
             here = rows is not parameter.grad  # FSDP2's parts: as many rows on each rank, the last ones fewer
             first = distributed.rank() * -(-len(parameter) // distributed.world()) if here else 0
-            rows[: max(0, old_rows - first)] = 0
+            rows[: max(0, decoder.old_rows - first)] = 0
 
 
 def train_language(
     decoder: nn.Module, loader, config: TrainConfig, folder, model_info: dict, modalities: list[str],
-    log: MetricsLog, stage: str, device: torch.device, peak_flops: float = 0.0, old_rows: int = 0,
+    log: MetricsLog, stage: str, device: torch.device, peak_flops: float = 0.0,
 ) -> None:
     """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
 
     loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, weights, modality, positions,
     document, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops: of a device, in
-    FLOP/s, for the MFU (0: none is said); old_rows: of the vocabulary, which `new_rows_steps` leaves as they are.
-    Raises Stopped after a signal, and UserError when the loss stays non-finite.
+    FLOP/s, for the MFU (0: none is said). Raises Stopped after a signal, and UserError when the loss stays non-finite.
     """
     if distributed.is_main():
         checkpoint.sweep(folder)
@@ -142,7 +141,7 @@ def train_language(
             module.watch = report
             mean, nll = backward(model, batch, scale, config.micro_rows, precision, device)
             if step < config.new_rows_steps:
-                keep_new_rows(decoder, old_rows)
+                keep_new_rows(decoder)
             norm = distributed.whole(nn.utils.clip_grad_norm_(decoder.parameters(), config.clip))
             rate = multiplier(config.schedule, step, config.steps)
             if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item()))):

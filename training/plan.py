@@ -5,13 +5,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from onevocab.common.errors import UserError
+from onevocab.training.config import TrainConfig
 from onevocab.training.muon import OptimizerConfig, state_bytes
 from onevocab.training.parallel import recompute_layers
-from onevocab.training.precision import autocast
+from onevocab.training.precision import autocast, choose
 
 PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
+
+
+class PlanConfig(BaseModel):
+    """What `--plan` supposes. flops: a device's, in FLOP/s (0: `device_flops`); watts: a device's and its share of the
+    rest (0: no energy)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    devices: int = Field(default=1, ge=1)
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    flops: float = Field(default=0.0, ge=0)
+    watts: float = Field(default=0.0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -123,19 +137,40 @@ def si(value: float, unit: str = "", base: float = 1000) -> str:
     return f"{value:.3g} {prefix}{unit}".rstrip()
 
 
-def lines(name: str, made: Plan, tokens: int, rows: str, devices: int, flops: float, mfu: float,
-          watts: float) -> list[str]:
-    """A stage's plan for people."""
-    seconds = made.flops_per_token * tokens / (flops * mfu * devices)
+def stage_lines(name: str, stage: TrainConfig, rows_per_step: int, row_length: int, model: nn.Module,
+                make: Callable[[int], nn.Module], batch, supposed: PlanConfig, known_flops: float) -> list[str]:
+    """A stage's plan for people. model: on `meta`, with its `decoder`; make and batch: for `activations`; known_flops:
+    of a device, where `supposed` says nothing (0: measured here). Raises UserError when the rows do not divide."""
+    devices, layers = supposed.devices, model.decoder.layers
+    if rows_per_step % devices:
+        raise UserError(f"{name}: rows_per_step = {rows_per_step} does not divide over {devices} devices; choose a "
+                        "multiple")
+    here = torch.device("cpu")
+    precision = choose(stage.precision, here)
+    at_once = min(stage.micro_rows or rows_per_step, rows_per_step // devices)
+    kept = activations(make, batch, len(layers), at_once * row_length, precision, stage.recompute)
+    sharded = stage.parallel == "fsdp2" and devices > 1
+    layer = 4 * sum(p.numel() for p in layers[0].parameters())
+    outside = 4 * sum(p.numel() for p in model.parameters()) - layer * len(layers)
+    # FSDP2 gathers a layer while the one before it computes, in the precision of its matmuls.
+    gathered = outside + 2 * layer // (2 if precision == "bfloat16" else 1) if sharded else 0
+    made = plan(model, model.decoder.flops(1, row_length / 2), kept, stage.optimizer, devices if sharded else 1,
+                gathered)
+    flops = supposed.flops or known_flops or device_flops(here, precision)[0]
+    tokens = stage.steps * rows_per_step * row_length
+    seconds = made.flops_per_token * tokens / (flops * supposed.mfu * devices)
+    joules = seconds * devices * supposed.watts
+    energy = si(joules / 3.6e6, "kWh") if supposed.watts else "energy: say --plan.watts"
     parts = ", ".join(f"{part} {si(getattr(made, part), 'B', 1024)}"
                       for part in ("weights", "gradients", "optimizer", "activations"))
     return [
-        f"{name}: {si(tokens)} tokens, {rows}",
+        f"{name}: {si(tokens)} tokens, {stage.steps:,} steps of {rows_per_step} rows of {row_length:,}, {at_once} at "
+        "once",
         f"  work      {si(made.flops_per_token, 'FLOP')} a token, {si(made.flops_per_token * tokens, 'FLOP')} in all",
         f"  memory    {si(made.memory, 'B', 1024)} a device: {parts}",
         f"  disk      {si(made.checkpoint, 'B', 1024)} a checkpoint, two are kept, a third while it is written",
-        f"  time      {clock(seconds)} on {devices} device(s) of {si(flops, 'FLOP/s')} at {mfu:.0%} of it, "
-        f"{si(seconds * devices * watts / 3.6e6, 'kWh') if watts else 'energy: say --plan.watts'}",
+        f"  time      {clock(seconds)} on {devices} device(s) of {si(flops, 'FLOP/s')} at {supposed.mfu:.0%} of it, "
+        f"{energy}",
     ]
 
 
