@@ -20,11 +20,11 @@ SCRIPT = "tests/tiny_training.py"
 STEPS = 30
 
 
-def start(folder, *options, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE) -> subprocess.Popen:
+def start(folder, *options, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE, env=None) -> subprocess.Popen:
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                                       f"--max-restarts={restarts}"]
     return subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder), "--steps", str(STEPS), *map(str, options)],
-                            cwd=ROOT, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            cwd=ROOT, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
 
 
 def finished(*arguments, seconds: float = 120, **options) -> str:
@@ -218,3 +218,33 @@ def test_the_log_says_what_was_waited_for_and_how_much_memory(whole, tmp_path):
     finished(tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert all(0 <= line["waiting_for_data"] <= 1 and line["memory_bytes"] > 10 << 20 for line in lines)
+
+
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
+def test_wandb_offline_leaves_its_files_with_the_run(whole, tmp_path):
+    pytest.importorskip("wandb")
+    finished(tmp_path, "--wandb", "project", env=OFFLINE)
+    [written] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"stage/loss_text" in written.read_bytes() and same(outcome(tmp_path), whole)
+
+
+@pytest.mark.slow
+def test_wandb_that_cannot_be_reached_stops_nothing(whole, tmp_path):
+    pytest.importorskip("wandb")
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    err = finished(tmp_path, "--wandb", "project", env=nowhere)
+    assert "wandb is left out from here" in err and "Traceback" not in err and same(outcome(tmp_path), whole)
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_whatever_wandb_raises_is_said_once(whole, tmp_path, failing):
+    fake = "\n".join(["class Settings:", "    def __init__(self, **_): pass", "class Run:",
+                      "    def log(self, _): " + ("1 / 0" if failing == "log" else "pass"),
+                      "    def finish(self): " + ("1 / 0" if failing == "finish" else "pass"),
+                      "def init(**_):", "    " + ("1 / 0" if failing == "init" else "return Run()")])
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "wandb.py").write_text(fake)
+    err = finished(tmp_path, "--wandb", "project", env={"PYTHONPATH": str(tmp_path / "fake")})
+    assert err.count("wandb is left out from here: division by zero") == 1 and same(outcome(tmp_path), whole)

@@ -114,6 +114,10 @@ def check_own_data(words, folder):
     assert out.is_file() or list(out.glob("*.tar"))
 
 
+def check_plan(words, folder):
+    assert "parameters" in run_command(words, cwd=ROOT, env=environment())
+
+
 def check_help(words, folder):
     """For what takes minutes or rewrites the checkout: the command exists and understands its options."""
     run_command([*words, "--help"], cwd=ROOT, env=environment())
@@ -126,6 +130,7 @@ RUNNERS = [
     (r"make ", check_make),
     (r"(python -m )?pip install ", check_pip),
     (r"torchrun .*train\.py configs/", check_torchrun),
+    (r"python train\.py configs/\w+\.toml --plan", check_plan),
     (r"python sample\.py runs/demo", check_as_it_stands),
     (r"python -m onevocab\.evaluation runs/demo", check_evaluation),
     (r"python -m onevocab\.data\.(convert|inspect)", check_own_data),

@@ -26,13 +26,21 @@ def convert(*words) -> dict:
     return json.loads((words[words.index("--out") + 1] / "report.json").read_text())
 
 
-def test_speech_and_pictures_of_other_projects(tmp_path):
-    table, clips = real_data.speech(tmp_path / "speech")
-    names, drawn = real_data.pictures(tmp_path / "pictures", 300)
-    shards = tmp_path / "shards"
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """(converted shards, pictures, what the two conversions said)."""
+    folder = tmp_path_factory.mktemp("others")
+    table, clips = real_data.speech(folder / "speech")
+    names, drawn = real_data.pictures(folder / "pictures", 300)
+    shards = folder / "shards"
     said = convert("captions", table, "--media", clips, "--out", shards / "speech")
     seen = convert("map", names, "--media", drawn, "--map", "image=image", "--map", "text=name", "--out",
                    shards / "pictures")
+    return shards, drawn, said, seen
+
+
+def test_speech_and_pictures_of_other_projects(others, tmp_path):
+    shards, drawn, said, seen = others
     assert said["media"] == {"audio": said["samples"]} and said["samples"] > 500 and said["reencoded"] == 0
     assert seen["media"] == {"image": seen["samples"]} and seen["samples"] > 280
 
@@ -74,3 +82,31 @@ def test_speech_and_pictures_of_other_projects(tmp_path):
     text = page.read_text()
     assert "<audio" in text and "<img" in text and "http" not in re.sub(r"http-equiv|http://www.w3.org", "", text)
     python("sample.py", run, "--image", drawn / "0023-fe0f-20e3.png", "--text", "what is this?", "--want", "text")
+
+
+def test_the_configuration_of_a_gpu_on_two_cpu_ranks(others, tmp_path):
+    """configs/base.toml with its own stages (FSDP2, bfloat16, parts of a batch, compiled layers), a small model and
+    small tokenizers."""
+    def section(text: str, name: str) -> str:
+        return re.search(rf"^\[{name}\]\n.*?(?=^\[|\Z)", text, re.DOTALL | re.MULTILINE)[0]
+
+    shards, base = others[0], (ROOT / "configs" / "base.toml").read_text()
+    smoke = (ROOT / "configs" / "smoke.toml").read_text()
+    for name in ("text", "image", "audio", "model"):
+        base = base.replace(section(base, name), section(smoke, name))
+    base = re.sub(r"^shards = .*$", f"shards = ['{shards}/speech', '{shards}/pictures']", base, flags=re.MULTILINE)
+    base = re.sub(r'path = "codes/\w+-\*\.tar"', 'path = "codes/*.tar"', base)
+    config, run = tmp_path / "base.toml", tmp_path / "run"
+    config.write_text(base)
+    python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", config,
+           f"--folder={run}", "--data.workers=1", "--data.tokenizer_samples=300", "--model.max_length=2048",
+           *(f"--{stage}.{key}" for stage in ("pretrain", "instruct") for key in
+             ("steps=6", "log_every=2", "save_every=3", "batch_tokens=8192", "micro_rows=1", "loader.row_length=2048")),
+           "--instruct.no-compile", "--instruct.recompute")
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for stage in ("pretrain", "instruct"):
+        values = [line for line in losses if line["stage"] == stage]
+        assert values[-1]["step"] == 6 and values[-1]["mfu"] > 0 and values[-1]["loss_text"] < values[0]["loss_text"]
+        saved = sorted(path.name for path in (run / stage / "step-6" / "optimizer").iterdir())
+        assert len(saved) == 2  # a file of each rank
+    python("sample.py", run, "--text", "what is this?", "--want", "text")

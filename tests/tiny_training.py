@@ -64,14 +64,16 @@ class Loader:
 CONFIG = TrainConfig(steps=12, save_every=4, log_every=2, max_bad_steps=3)
 
 
-def run(folder: Path, loader=None, config=CONFIG, old_rows: int = 0, **more) -> dict[str, torch.Tensor]:
+def run(folder: Path, loader=None, config=CONFIG, old_rows: int = 0, wandb: str | None = None,
+        **more) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
     decoder.to(loader.dtype if loader else torch.float32)
     decoder.old_rows = old_rows
-    log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None)
+    log = MetricsLog(folder / "metrics.jsonl" if distributed.is_main() else None, wandb)
     train_language(decoder, loader or Loader(), config, folder / "stage", {"model": 1}, ["text"], log, "stage",
                    torch.device("cpu"), **more)
+    log.close()
     return decoder.state_dict()
 
 
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--stall-seconds", type=float, default=600)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", 
                         help="of TrainConfig, or of a section of it")
+    parser.add_argument("--wandb", help="a project")
     parser.add_argument("--poison", type=int, default=-1, help="this step's weights are not finite on rank `on`")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a batch takes to come")
     parser.add_argument("--double", action="store_true", help="float64")
@@ -125,7 +128,7 @@ def main() -> None:
         (settings[section] if section else settings)[inner] = value
     config = TrainConfig.model_validate(settings)
     try:
-        run(args.folder, Misfortune(args.folder, args), config)
+        run(args.folder, Misfortune(args.folder, args), config, wandb=args.wandb)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
     finally:

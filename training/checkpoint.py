@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -81,7 +82,9 @@ class Saver:
             self._give_up(error)
         tensors = {} if optimizers is None else optimizers.tensors()
         if self.background:
-            tensors = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+            tensors = DefaultStager(StagingOptions(
+                use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False, use_async_staging=False,
+                use_non_blocking_copy=False)).stage(tensors)
         averages = {} if optimizers is None else optimizers.averages()
         weights = {name: self._whole(values) for name, values in ((MODEL, model.state_dict()), (AVERAGED, averages))
                    if values}
@@ -246,7 +249,7 @@ def find(folder) -> Checkpoint | None:
 def restore(found: Checkpoint, model: nn.Module, optimizers=None) -> None:
     """Puts it into model, optimizers and the random-number generators. All ranks call it. Raises UserError when it
     belongs to another model."""
-    load_into(model, _load_tensors(found.folder / MODEL), found.folder)
+    _copy_file(model.state_dict(), found.folder / MODEL)
     if optimizers is not None:
         _load_optimizers(optimizers, found.folder)
     _restore_rng(found.rng)
@@ -264,19 +267,30 @@ def load_weights(step_folder) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_into(model: nn.Module, tensors: dict[str, Tensor], source) -> None:
-    """Copies whole weights in, of a model that FSDP2 has sharded too. Raises UserError that names the first parameter
-    that does not fit."""
-    _copy(model.state_dict(), tensors, source)
+    """Copies whole weights in. Raises UserError that names the first parameter that does not fit."""
+    shapes = {name: value.shape for name, value in tensors.items()}
+    _copy(model.state_dict(), shapes, tensors.__getitem__, source)
+
+
+def _copy_file(own: dict[str, Tensor], path: Path) -> None:
+    """One tensor after the other: all ranks of a machine read at once."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            _copy(own, shapes, file.get_tensor, path.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 @torch.no_grad()
-def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], source) -> None:
-    for name in sorted(own.keys() | tensors.keys()):
-        shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (tensors, own)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{source} is of another model: {name} is {shapes[0]} there and {shapes[1]} here")
+def _copy(own: dict[str, Tensor], shapes: dict, read: Callable[[str], Tensor], source) -> None:
+    for name in sorted(own.keys() | shapes.keys()):
+        there = tuple(shapes[name]) if name in shapes else "nothing"
+        here = tuple(own[name].shape) if name in own else "nothing"
+        if there != here:
+            raise UserError(f"{source} is of another model: {name} is {there} there and {here} here")
     for name, target in own.items():
-        value = tensors[name].to(target.device)
+        value = read(name).to(target.device)
         if isinstance(target, DTensor):  # no source rank: each takes its part of what it has read itself
             value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
         distributed.local(target).copy_(distributed.local(value))
@@ -285,7 +299,7 @@ def _copy(own: dict[str, Tensor], tensors: dict[str, Tensor], source) -> None:
 def _load_optimizers(optimizers, step_folder: Path) -> None:
     wanted, averages = optimizers.tensors(), optimizers.averages()
     if averages:
-        _copy(averages, _load_tensors(step_folder / AVERAGED), step_folder)
+        _copy_file(averages, step_folder / AVERAGED)
     reader = HuggingFaceStorageReader(str(step_folder / "optimizer"))
     found = reader.read_metadata().state_dict_metadata
     for name, tensor in wanted.items():

@@ -148,6 +148,7 @@ def train_language(
                 bad += 1
                 log.write(stage, done, skipped="non-finite loss")
                 if bad >= config.max_bad_steps:
+                    saver.finish()
                     raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {done}; "
                                     f"start again with lower learning rates from {folder}")
             else:
