@@ -99,22 +99,31 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
     assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("demo", 1e6), ("small", 2e7), ("base", 4e8), ("large", 2e9),
-                                                  ("7b", 7e9)])
-def test_every_size_is_planned(name, parameters, capsys):
-    """In this process; 7b's two layers are the most memory that it takes."""
+SIZES = {"demo": (1e6, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_is_planned(name):
+    """In this process; docs/training.md has a row of each. It is of bfloat16, as on a GPU."""
     sys.path.insert(0, str(ROOT))
     try:
         import train as script
     finally:
         sys.path.remove(str(ROOT))
-    config = script.read_config(ROOT / "configs" / f"{name}.toml", ["--device-flops=989e12"])
-    shown = "\n".join(script.plan_lines(config, [] if name == "demo" else ["--plan.devices=8"]))
-    said, unit = re.match(r"([\d.]+) (\w) parameters", shown).groups()
-    assert 0.7 < float(said) * {"M": 1e6, "G": 1e9}[unit] / parameters < 1.5
-    devices = 80 * 2**30
+    parameters, devices = SIZES[name]
+    config = script.read_config(ROOT / "configs" / f"{name}.toml", [
+        "--device_flops=989e12", "--folder=runs/none", "--pretrain.precision=bfloat16",
+        "--instruct.precision=bfloat16"])
+    shown = "\n".join(script.plan_lines(config, [f"--plan.devices={devices}"]))
+    size, unit = re.match(r"([\d.]+) (\w) parameters", shown).groups()
+    assert 0.7 < float(size) * {"M": 1e6, "G": 1e9}[unit] / parameters < 1.5
     for amount, prefix in re.findall(r"memory +([\d.]+) (\w)iB a device", shown):
-        assert float(amount) * {"M": 2**20, "G": 2**30}[prefix] < devices
+        assert float(amount) * {"M": 2**20, "G": 2**30}[prefix] < 80 * 2**30
+    tokens, work, memory, disk, time = (re.search(pattern, shown)[1] for pattern in (
+        r"pretrain: (\S+ \w) tokens", r"work +(.*?) a token", r"memory +(.*?) a device", r"disk +(.*?) a checkpoint",
+        r"time +(.*?) on "))
+    row = f"| `{name}` | {size} {unit} | {tokens} | {work} | {memory} | {disk} | {devices} | {time} |"
+    assert row in (ROOT / "docs" / "training.md").read_text(), row
 
 
 def test_a_plan_of_a_run_says_how_often_its_data_are_shown(smoke_run):
