@@ -55,9 +55,11 @@ def measured_peak(step) -> int:
     return peak
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", SHAPES, ids=["demo", "untied"])
+@pytest.mark.parametrize(("config", "precision", "recompute"), [
+    (SHAPES[0], "float32", False), (SHAPES[1], "bfloat16", False), (SHAPES[0], "bfloat16", True),
+    *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
+        (SHAPES[0], "bfloat16", False), (SHAPES[1], "float32", False), (SHAPES[0], "float32", True),
+        (SHAPES[1], "float32", True), (SHAPES[1], "bfloat16", True)))])
 def test_memory_is_what_is_measured(config, precision, recompute):
     vocabulary, rows, length = 3072, 16, 256
     module = NextTokenLoss(Decoder(config, vocabulary), 1e-5)
@@ -102,7 +104,8 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
 SIZES = {"demo": (1e6, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("large", "7b") else ())
+                                  for name in SIZES])
 def test_every_size_is_planned(name):
     """In this process; docs/training.md has a row of each. It is of bfloat16, as on a GPU."""
     sys.path.insert(0, str(ROOT))

@@ -15,6 +15,7 @@ from onevocab.training.loop import NextTokenLoss, backward, keep_new_rows
 from onevocab.training.metrics import read_metrics
 from onevocab.training.muon import Muon, OptimizerConfig, build_optimizers, orthogonalise, orthogonalise_shards
 from onevocab.training.parallel import replicate, shard
+from onevocab.training.plan import saved_bytes
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32)
@@ -115,9 +116,12 @@ def test_ranks_and_shards_give_one_ranks_gradients_and_updates(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
 
 
-def test_recomputing_gives_the_same_bits():
-    found = [gradients(*network(torch.float32, recompute=recompute), Loader()) for recompute in (False, True)]
+def test_recomputing_gives_the_same_bits_and_keeps_less():
+    made = [network(torch.float32, recompute=recompute) for recompute in (False, True)]
+    found = [gradients(*each, Loader()) for each in made]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    kept = [saved_bytes(module, Loader().next_batch(), "float32") for module, _ in made]
+    assert kept[1] < 0.5 * kept[0]
 
 
 @pytest.mark.slow
