@@ -222,10 +222,8 @@ class Run:
         distributed.barrier()
 
     def on_main(self, work) -> None:
-        """Work that one rank does while the others wait."""
-        if self.main:
-            work()
-        distributed.barrier()
+        """Work that one rank does while the others wait; when it cannot, all say so."""
+        distributed.together(lambda: work() if self.main else None)
 
     # ------------------------------------------------------------------------------------------------ the stages
 

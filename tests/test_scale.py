@@ -25,7 +25,7 @@ def network(dtype=torch.float64, **settings) -> tuple[NextTokenLoss, nn.Module]:
     """(what computes the loss, what is called): the same weights every time, made ready as training does."""
     torch.manual_seed(0)
     module = NextTokenLoss(Decoder(SHAPE, 21).to(dtype), 1e-4)
-    shard(module, module.decoder.layers, TrainConfig(**settings), "float32", CPU)
+    shard(module, module.decoder.layers, TrainConfig(**settings), CPU)
     return module, replicate(module)
 
 

@@ -105,7 +105,7 @@ def train_language(
     precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
     decoder.train()
     module = NextTokenLoss(decoder, config.z_loss)
-    shard(module, decoder.layers, config, precision, device)
+    shard(module, decoder.layers, config, device)
     optimizers = build_optimizers(decoder, config.optimizer)
     totals = Totals(modalities, device)
     if found:

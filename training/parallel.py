@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -14,12 +14,13 @@ from onevocab.training import distributed
 from onevocab.training.config import TrainConfig
 
 
-def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, precision: str, device: torch.device) -> None:
+def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, device: torch.device) -> None:
     """In place, before the optimisers are built; model: what computes the loss, `layers` are within it.
 
     compile: one graph for each layer, so that all layers share its compilation. fsdp2: weights, gradients and optimiser
-    state are sharded over the ranks (Zhao et al. 2023); a layer's weights are gathered in the precision of its matmuls
-    and its gradients are added up in float32; everything outside the layers stays in float32.
+    state are sharded over the ranks (Zhao et al. 2023); a layer's weights are gathered while it computes, in float32 as
+    they are, because FSDP2's own mixed precision would round those of the norms too; autocast does the rest, as
+    under DDP.
     """
     if config.compile:
         for layer in layers:
@@ -28,10 +29,8 @@ def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, precisio
         recompute_layers(layers)
     if config.parallel == "fsdp2" and distributed.world() > 1:
         mesh = init_device_mesh(device.type, (distributed.world(),))
-        low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        policy = {"mp_policy": low} if precision == "bfloat16" else {}
         for layer in layers:
-            fully_shard(layer, mesh=mesh, **policy)
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
 
 

@@ -152,8 +152,7 @@ def stage_lines(name: str, stage: TrainConfig, rows_per_step: int, row_length: i
     sharded = stage.parallel == "fsdp2" and devices > 1
     layer = 4 * sum(p.numel() for p in layers[0].parameters())
     outside = 4 * sum(p.numel() for p in model.parameters()) - layer * len(layers)
-    # FSDP2 gathers a layer while the one before it computes, in the precision of its matmuls.
-    gathered = outside + 2 * layer // (2 if precision == "bfloat16" else 1) if sharded else 0
+    gathered = outside + 2 * layer if sharded else 0  # FSDP2 gathers a layer while the one before it computes
     made = plan(model, model.decoder.flops(1, row_length / 2), kept, stage.optimizer, devices if sharded else 1,
                 gathered)
     flops = supposed.flops or known_flops or device_flops(here, precision)[0]
