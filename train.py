@@ -145,7 +145,8 @@ class Run:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
             self.kept = list(self.source.vocabulary().spans)
-            tokenizers, weights = distributed.broadcast(self.source.identity() if self.main else None)
+            found = distributed.together(lambda: self.source.identity() if self.main else None)
+            tokenizers, weights = distributed.broadcast(found)
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
         self.stages = [
@@ -172,11 +173,13 @@ class Run:
         if self.main:
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved))
-        for stage in self.stages:
-            folder = self.folder / stage.name
-            if not (folder / "done.json").exists():
-                self._run(stage, folder, records[stage.name])
-        self.log.close()
+        try:
+            for stage in self.stages:
+                folder = self.folder / stage.name
+                if not (folder / "done.json").exists():
+                    self._run(stage, folder, records[stage.name])
+        finally:
+            self.log.close()
 
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""
@@ -377,7 +380,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
         found += stage_lines(name, stage, stage.rows.rows_per_step, stage.rows.row_length, model,
                              lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
-        if (folder / "codes" / "done.json").is_file():
+        if checkpoint.list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
             found += _source_lines(config, stage)
     return found
 
@@ -410,8 +413,8 @@ def main() -> None:
     if asked:
         print("\n".join(plan_lines(config, asked)))
         return
-    run = Run(config)
     try:
+        run = Run(config)
         run.train()
         if run.main:
             print(f"done: {run.folder}. Try: python sample.py {run.folder} --text 'Draw a dog at the top left on a "

@@ -29,7 +29,8 @@ def network(dtype=torch.float64, **settings) -> tuple[NextTokenLoss, nn.Module]:
     return module, replicate(module)
 
 
-def gradients(module, model, loader: Loader, micro_rows: int = 0) -> dict[str, torch.Tensor]:
+def gradients(module, model, loader: Loader, micro_rows: int = 0,
+              precision: str = "float32") -> dict[str, torch.Tensor]:
     """Whole gradients after a step's backward pass, and the loss of all ranks."""
     loader.taken = 3  # tokens that do not count, unlike in every row
     batch = loader.next_batch()
@@ -37,7 +38,7 @@ def gradients(module, model, loader: Loader, micro_rows: int = 0) -> dict[str, t
         batch.weights = batch.weights.clone()
         batch.weights[-1, :13] = 0
     total = distributed.all_reduce_sum(batch.weights.sum())
-    mean, _ = backward(model, batch, distributed.world() / total, micro_rows, "float32", CPU)
+    mean, _ = backward(model, batch, distributed.world() / total, micro_rows, precision, CPU)
     found = {name: distributed.whole(p.grad) for name, p in module.decoder.named_parameters()}
     return found | {"loss": distributed.all_reduce_sum(mean.double()) / distributed.world()}
 
@@ -67,6 +68,9 @@ def _two_ranks(rank: int, port: int, folder) -> None:
         rows = distributed.whole(module.decoder.embed_tokens.weight.grad)
         assert not rows[:13].any() and rows[13:].any(1).all()
         assert module.decoder.layers[0].mlp.up_proj.weight.grad is None
+    low = [gradients(*network(torch.float32, parallel=parallel), Loader(rank=rank, world=2), precision="bfloat16")
+           for parallel in ("ddp", "fsdp2")]
+    close(*low, bound=1e-5)  # norms and sums stay in float32 when weights are sharded, too
     _orthogonal_shards(rank)
     one, exact = shards
     for sharded in (False, True):

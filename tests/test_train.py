@@ -1,6 +1,7 @@
 """train.py and the loops: mistakes are one line, finished stages are kept, an interrupted run ends the same."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -109,6 +110,8 @@ def test_a_non_finite_step_is_skipped_and_too_many_stop_the_run(tmp_path):
     assert all(value.isfinite().all() for value in weights.values())
     skipped = [line["step"] for line in read_metrics(tmp_path / "some" / "metrics.jsonl") if "skipped" in line]
     assert skipped == [4, 6]
+    losses = [line["loss_text"] for line in read_metrics(tmp_path / "some" / "metrics.jsonl") if "loss_text" in line]
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
     (tmp_path / "many").mkdir()
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
         run(tmp_path / "many", Loader(poison={6, 7, 8}))

@@ -155,6 +155,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, name
         checkpoint.load_latest(tmp_path, model, optimizers)
 
 
+def test_a_damaged_newer_checkpoint_takes_no_place_among_the_two_that_are_kept(tmp_path):
+    model = Small()
+    for step in (500, 1000):
+        save(tmp_path, step, model, None)
+    (tmp_path / "step-1000" / "model.safetensors").write_bytes(b"")
+    assert checkpoint.find(tmp_path).step == 500
+    save(tmp_path, 600, model, None)
+    assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step-600", "step-500"]
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("manifest.json", '{"files": {"\\ud800": {}}, "sha256": ""}'), ("manifest.json", "[" * 100_000),
+    ("manifest.json", "[]"), ("manifest.json", '{"step": 3, "files": {}}'), ("optimizer/more.safetensors", "x"), ("state.json", "[]")])
+def test_a_strange_file_is_passed_over_in_one_line(tmp_path, name, text):
+    folder = save(tmp_path, 2, Small(), build_optimizers(Small(), OptimizerConfig()))
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match="no checkpoint in .* can be used") as raised:
+        checkpoint.find(tmp_path)
+    assert name in str(raised.value)
+
+
 def test_weights_for_sampling(tmp_path):
     model = Small()
     folder = save(tmp_path, 3, model, None)

@@ -156,8 +156,8 @@ class Saver:
             return {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
                     for path in own}, None
         except dcp.CheckpointException as error:
-            return {}, "; ".join(str(failure[0]) for failure in error.failures.values())
-        except (OSError, SafetensorError) as error:
+            return {}, _first(error)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             return {}, str(error)
 
     def _commit(self, files: dict) -> None:
@@ -169,7 +169,8 @@ class Saver:
             os.replace(final, self.folder / f".step-{self._step}.old")
         os.replace(aside, final)
         _sync(self.folder)
-        for old in list_steps(self.folder)[self.keep :]:
+        steps = list_steps(self.folder)  # newer ones were damaged, or training would have gone on from them
+        for old in steps[: steps.index(final)] + steps[steps.index(final) + self.keep :]:
             os.replace(old, self.folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
         sweep(self.folder)
 
@@ -207,11 +208,13 @@ def _manifest(step_folder: Path) -> dict[str, dict]:
     path = step_folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    whole = (isinstance(files, dict) and manifest == {"files": files, "sha256": hash_json(files)}
-             and all(isinstance(entry, dict) and "sha256" in entry for entry in files.values())
-             and all(re.fullmatch(r"(optimizer/)?\w[\w.-]*", name) for name in files))
-    if not whole or not ALWAYS <= files.keys():
-        raise UserError(f"{path} is damaged")
+    whole = (isinstance(files, dict) and ALWAYS <= files.keys()
+             and all(re.fullmatch(r"(optimizer/)?\w[\w.-]*", name, re.ASCII) for name in files)
+             and all(isinstance(entry, dict) and re.fullmatch(r"[0-9a-f]{64}", str(entry.get("sha256")))
+                     and isinstance(entry.get("bytes"), int) and len(entry) == 2 for entry in files.values())
+             and manifest == {"files": files, "sha256": hash_json(files)})
+    if not whole:
+        raise UserError(f"{path} is damaged, or was written by an older version")
     return files
 
 
@@ -231,7 +234,14 @@ def find(folder) -> Checkpoint | None:
         step_folder = Path(folder) / name
 
         def check(step_folder=step_folder) -> None:
-            verify(step_folder, sorted(_manifest(step_folder))[distributed.rank() :: distributed.world()])
+            files = _manifest(step_folder)
+            verify(step_folder, sorted(files)[distributed.rank() :: distributed.world()])
+            strange = {f"optimizer/{path.name}" for path in step_folder.glob("optimizer/*")} - files.keys()
+            if strange:  # DCP would read them too
+                raise UserError(f"{step_folder / min(strange)} is not in {MANIFEST}")
+            saved = read_json(step_folder / STATE)
+            if not isinstance(saved, dict) or not {"step", "state", "rng"} <= saved.keys():
+                raise UserError(f"{step_folder / STATE} is damaged")
 
         try:
             distributed.together(check)
@@ -249,7 +259,7 @@ def find(folder) -> Checkpoint | None:
 def restore(found: Checkpoint, model: nn.Module, optimizers=None) -> None:
     """Puts it into model, optimizers and the random-number generators. All ranks call it. Raises UserError when it
     belongs to another model."""
-    _copy_file(model.state_dict(), found.folder / MODEL)
+    distributed.together(lambda: _copy_file(model.state_dict(), found.folder / MODEL))
     if optimizers is not None:
         _load_optimizers(optimizers, found.folder)
     _restore_rng(found.rng)
@@ -299,7 +309,7 @@ def _copy(own: dict[str, Tensor], shapes: dict, read: Callable[[str], Tensor], s
 def _load_optimizers(optimizers, step_folder: Path) -> None:
     wanted, averages = optimizers.tensors(), optimizers.averages()
     if averages:
-        _copy_file(averages, step_folder / AVERAGED)
+        distributed.together(lambda: _copy_file(averages, step_folder / AVERAGED))
     reader = HuggingFaceStorageReader(str(step_folder / "optimizer"))
     found = reader.read_metadata().state_dict_metadata
     for name, tensor in wanted.items():
@@ -307,7 +317,15 @@ def _load_optimizers(optimizers, step_folder: Path) -> None:
         if shape != tuple(tensor.shape):
             raise UserError(f"{step_folder}: optimiser state {name}: expected shape {tuple(tensor.shape)}, found "
                             f"{shape}; the checkpoint belongs to another model, give the run another folder")
-    dcp.load(wanted, storage_reader=reader, process_group=distributed.cpu_group(), no_dist=distributed.world() == 1)
+    try:
+        dcp.load(wanted, storage_reader=reader, process_group=distributed.cpu_group(), no_dist=distributed.world() == 1)
+    except dcp.CheckpointException as error:
+        raise UserError(f"{step_folder / 'optimizer'}: {_first(error)}") from None
+
+
+def _first(error: dcp.CheckpointException) -> str:
+    """What went wrong on the first rank where something did."""
+    return str(next(iter(error.failures.values()))[0])
 
 
 def _rng_state() -> dict:

@@ -51,7 +51,7 @@ def _fresh(store: dist.Store, index: int, count: int) -> dist.Store:
     word, deadline = uuid.uuid4().hex, time.monotonic() + TOGETHER.total_seconds()
     store.set(f"start/word/{index}", word)
     while time.monotonic() < deadline:
-        if index == 0:
+        if index == 0 and all(store.check([f"start/word/{i}"]) for i in range(1, count)):
             words = ",".join([word, *(store.get(f"start/word/{i}").decode() for i in range(1, count))])
             name = hashlib.sha256(words.encode()).hexdigest()
             store.set("start/proposed", words)
@@ -59,7 +59,7 @@ def _fresh(store: dist.Store, index: int, count: int) -> dist.Store:
             if all(store.check([key]) and store.get(key).decode() == name for key in agreed):
                 store.set("start/settled", words)
                 return dist.PrefixStore(name, store)
-        else:
+        if index:
             for key in ("start/settled", "start/proposed"):
                 words = store.get(key).decode() if store.check([key]) else ""
                 if word in words:

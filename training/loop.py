@@ -46,8 +46,9 @@ class NextTokenLoss(nn.Module):
         head, weights = self.decoder.head_weight, batch.weights.flatten()
         if self.watch:
             rows = weights.nonzero()[:WATCHED, 0]
-            logits = F.linear(hidden.detach()[rows], head.detach().to(hidden.dtype))
-            self.signals["z"] = logits.float().logsumexp(-1).mean()
+            if len(rows):
+                logits = F.linear(hidden.detach()[rows], head.detach().to(hidden.dtype))
+                self.signals["z"] = logits.float().logsumexp(-1).mean()
         return linear_cross_entropy(hidden, head, batch.targets.flatten(), weights, self.z_loss)
 
 
@@ -120,10 +121,13 @@ def train_language(
 
     def save(step: int) -> None:
         watchdog.waits_for("the checkpoint", step)
-        state = {"loader": loader.state_dict(), "precision": precision, "unreported": totals.gathered()}
+        state = {"loader": loader.state_dict(), "precision": precision, "unreported": totals.gathered(),
+                 "seconds": time.perf_counter() - began, "waited": waited}
         saver.save(step, decoder, model_info, optimizers, state)
 
-    bad, waited, began, saved = 0, 0.0, time.perf_counter(), start
+    bad, saved, waited, began = 0, start, 0.0, time.perf_counter()
+    if found:  # since the last report, as what `totals` has
+        waited, began = found.state["waited"], began - found.state["seconds"]
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
     with StopSignal() as stop, watchdog, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
@@ -156,8 +160,8 @@ def train_language(
                 optimizers.step(rate, decay=1 - step / config.steps)
                 if optimizers.average:
                     optimizers.average.step(done)
+                totals.add(batch, nll)
 
-            totals.add(batch, nll)
             bar.update()
             if report:
                 seconds, began = time.perf_counter() - began, time.perf_counter()

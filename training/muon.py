@@ -150,7 +150,7 @@ class AdamW:
 
 class Average:
     """An exponential moving average of weights (Polyak and Juditsky 1992; as in Karras et al. 2024, without a warm-up
-    bias: early on it is the plain mean of what was seen)."""
+    bias: early on it is the plain mean of the start and what was seen)."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.live = decay, dict(model.named_parameters())

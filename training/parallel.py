@@ -44,14 +44,13 @@ def replicate(model: nn.Module) -> nn.Module:
     """Under DDP where there are several ranks and `shard` has not sharded it."""
     if distributed.world() == 1 or isinstance(model, FSDPModule):
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # else gradients are held twice
 
 
 @contextmanager
 def exchange(model: nn.Module, now: bool):
-    """Whether a backward pass within exchanges gradients between ranks, or only adds them up here."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+    """Whether a backward pass within exchanges gradients between ranks, or only adds them up here, as DDP can. FSDP2
+    always exchanges: each rank adds up its shards, and never holds whole gradients."""
     if now or not isinstance(model, DistributedDataParallel):
         yield
     else:
