@@ -16,7 +16,7 @@ from onevocab.training import checkpoint
 from onevocab.training.metrics import read_metrics
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "120"))
-BETWEEN = min(60.0, max(20.0, SECONDS / 12))  # seconds from fault to fault; a start takes ten where others run too
+BETWEEN = min(60.0, max(20.0, SECONDS / 12))  # seconds from fault to fault; a start takes ten on a busy machine
 RANKS, PAUSE = 2, 0.1
 
 
