@@ -167,7 +167,8 @@ def test_a_damaged_newer_checkpoint_takes_no_place_among_the_two_that_are_kept(t
 
 @pytest.mark.parametrize(("name", "text"), [
     ("manifest.json", '{"files": {"\\ud800": {}}, "sha256": ""}'), ("manifest.json", "[" * 100_000),
-    ("manifest.json", "[]"), ("manifest.json", '{"step": 3, "files": {}}'), ("optimizer/more.safetensors", "x"), ("state.json", "[]")])
+    ("manifest.json", "[]"), ("manifest.json", '{"step": 3, "files": {}}'),
+    ("optimizer/more.safetensors", "x"), ("state.json", "[]")])
 def test_a_strange_file_is_passed_over_in_one_line(tmp_path, name, text):
     folder = save(tmp_path, 2, Small(), build_optimizers(Small(), OptimizerConfig()))
     (folder / name).write_text(text)
