@@ -3,7 +3,7 @@
     make demo && python docs/draw_divergence.py runs/demo
 
 A small decoder on that run's codes, with learning rates far too high, so that minutes show what takes days otherwise.
-Writes docs/results/divergence.json, from which the picture is drawn.
+Writes docs/images/divergence.json, from which the picture is drawn.
 """
 
 import json
@@ -87,7 +87,7 @@ def main() -> None:
             if losses:
                 line["loss"] = sum(losses) / len(losses)
         found[name] = [{key: round(line[key], 5) for key in ("step", *PANELS) if key in line} for line in lines]
-    write_json(DOCS / "results" / "divergence.json", {"cases": found, "provenance": provenance()})
+    write_json(DOCS / "images" / "divergence.json", {"cases": found, "provenance": provenance()})
     draw(found, DOCS / "images" / "divergence.png")
     print(json.dumps({name: lines[-1] for name, lines in found.items()}, indent=1))
 
