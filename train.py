@@ -42,8 +42,8 @@ from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
 from onevocab.training.loop import NextTokenLoss, train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
-from onevocab.training.plan import PlanConfig, device_flops, probe, si, stage_lines
-from onevocab.training.precision import choose
+from onevocab.training.plan import PlanConfig, probe, si, stage_lines
+from onevocab.training.precision import choose, device_flops
 
 
 class LanguageStage(TrainConfig, StageData):
@@ -340,7 +340,7 @@ class Run:
                             "init_from) and adds rows to their vocabulary; leave it out")
         info = {"config": shape.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
                 "vocabulary": tokenizers.vocab.hash, "stage": name}
-        peak = self.config.device_flops or device_flops(self.device, choose(settings.precision, self.device))[0]
+        peak = self.config.device_flops or device_flops(self.device, choose(settings.precision, self.device))
         train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
                        self.device, peak)
 

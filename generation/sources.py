@@ -4,6 +4,7 @@
 `check()`, `identity()` (of the files, so that a run notices another source), and `load(decoder, vocabulary)`.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -115,14 +116,17 @@ class OldRun:
     def identity(self) -> tuple[dict, dict]:
         """As above."""
         self.check()
-        text = {"tokenizers": Tokenizers.load(self.folder / "tokenizers").hash}
-        return text, {"weights": sha256_file(self.step / "manifest.json")}
+        return {"tokenizers": self._tokenizers.hash}, {"weights": sha256_file(self.step / "manifest.json")}
+
+    @cached_property
+    def _tokenizers(self) -> Tokenizers:
+        return Tokenizers.load(self.folder / "tokenizers")
 
     def text(self) -> TextTokenizer:
-        return Tokenizers.load(self.folder / "tokenizers").text
+        return self._tokenizers.text
 
     def media(self) -> dict:
-        return Tokenizers.load(self.folder / "tokenizers").media
+        return self._tokenizers.media
 
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary

@@ -52,6 +52,14 @@ def run_command(command: list, cwd=ROOT, timeout: float = 300, **kwargs) -> str:
     return done.stdout
 
 
+def script():
+    """train.py as a module. The root is on the path for the import alone: its tokenizers/ would hide Hugging Face's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        import train
+    return train
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     """The folder of a run of `configs/smoke.toml`, every stage, trained once on two ranks.

@@ -35,15 +35,11 @@ def finished(*arguments, seconds: float = 120, **options) -> str:
     return err
 
 
-def outcome(folder):
+def outcome(folder, steps: int = STEPS):
     """(weights, losses by step) of a finished run."""
-    return outcome_weights(folder), read_losses(folder)
-
-
-def outcome_weights(folder) -> dict[str, torch.Tensor]:
     newest = checkpoint.list_steps(folder / "stage")[0]
-    assert newest.name == f"step-{STEPS}"
-    return checkpoint.load_weights(newest)[0]
+    assert newest.name == f"step-{steps}"
+    return checkpoint.load_weights(newest)[0], read_losses(folder)
 
 
 def read_losses(folder) -> dict[int, float]:
@@ -175,7 +171,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, paral
     finished(tmp_path, "--poison", 9, "--on", 1, "--set", f"parallel={parallel}", "--save-every", 100, ranks=2)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [10]
-    assert all(torch.isfinite(value).all() for value in outcome_weights(tmp_path).values())
+    assert all(torch.isfinite(value).all() for value in outcome(tmp_path)[0].values())
 
 
 @pytest.mark.slow

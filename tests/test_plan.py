@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 from tiny_training import Batch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,16 +108,11 @@ SIZES = {"demo": (1e6, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8
                                   for name in SIZES])
 def test_every_size_is_planned(name):
     """In this process; docs/training.md has a row of each. It is of bfloat16, as on a GPU."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        import train as script
-    finally:
-        sys.path.remove(str(ROOT))
     parameters, devices = SIZES[name]
-    config = script.read_config(ROOT / "configs" / f"{name}.toml", [
+    config = script().read_config(ROOT / "configs" / f"{name}.toml", [
         "--device_flops=989e12", "--folder=runs/none", "--pretrain.precision=bfloat16",
         "--instruct.precision=bfloat16"])
-    shown = "\n".join(script.plan_lines(config, [f"--plan.devices={devices}"]))
+    shown = "\n".join(script().plan_lines(config, [f"--plan.devices={devices}"]))
     size, unit = re.match(r"([\d.]+) (\w) parameters", shown).groups()
     assert 0.7 < float(size) * {"M": 1e6, "G": 1e9}[unit] / parameters < 1.5
     for amount, prefix in re.findall(r"memory +([\d.]+) (\w)iB a device", shown):

@@ -7,18 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, script
 from tiny_training import Loader, run
 
 from onevocab.common.errors import UserError
 from onevocab.training import checkpoint
 from onevocab.training.faults import Stopped
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
-
-ROOT = Path(__file__).parent.parent
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess:
@@ -52,13 +50,8 @@ def test_no_configuration_and_a_missing_one():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*.toml")))
 def test_every_shipped_configuration_is_read(name):
-    sys.path.insert(0, str(ROOT))
-    try:
-        import train as script
-    finally:
-        sys.path.remove(str(ROOT))
     demo = "[data.demo]" in (ROOT / "configs" / name).read_text()
-    config = script.read_config(ROOT / "configs" / name, [
+    config = script().read_config(ROOT / "configs" / name, [
         "--seed=7", "--pretrain.batch_tokens=3145728",
         *(["--data.demo.voices=tones"] if demo else [])])
     assert config.seed == 7 and (not demo or config.data.demo.voices == "tones")

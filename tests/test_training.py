@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_training import Loader
+from tiny_training import Loader, on_two_ranks
 from torch import nn
 
 from onevocab.common.errors import UserError
@@ -205,52 +205,17 @@ def test_one_rank_needs_no_process_group():
     distributed.barrier()
 
 
-def _worker(rank, port, folder):
-    import os
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _worker(rank):
     distributed.init("cpu")
     total = distributed.all_reduce_sum(torch.tensor(rank + 1)).item()
     assert (distributed.agree(rank == 1), distributed.agree(False), total) == (True, False, 3)
     assert distributed.broadcast({"from": rank}) == {"from": 0}
     assert distributed.is_main() == (rank == 0)
     assert distributed.gather(rank) == [0, 1]
-    _muon_of_two_ranks()
-    distributed.finish()
-    (folder / str(rank)).write_text("done")
-
-
-def _muon_steps(dtype) -> torch.Tensor:
-    torch.manual_seed(0)
-    shapes = [(8, 12)] * 3 + [(12, 8), (16, 4)]
-    named = [(str(i), nn.Parameter(torch.randn(shape).to(dtype))) for i, shape in enumerate(shapes)]
-    muon = Muon(named, 0.02)
-    for _ in range(3):
-        for _, parameter in named:
-            parameter.grad = torch.randn(parameter.shape).to(dtype)
-        muon.step()
-    return torch.cat([parameter.detach().flatten() for _, parameter in named])
-
-
-def _muon_of_two_ranks() -> None:
-    """The same bits on both, and one rank's result within the error that float64 shows."""
-    shared = _muon_steps(torch.float32)
-    assert distributed.gather(shared.tolist())[0] == distributed.gather(shared.tolist())[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "world", lambda: 1)
-        alone, exact = _muon_steps(torch.float32), _muon_steps(torch.float64)
-    assert (shared - exact).norm() <= 2 * (alone - exact).norm()
 
 
 def test_two_ranks_agree(tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, tmp_path), nprocs=2)
-    assert {p.name for p in tmp_path.iterdir()} == {"0", "1"}
+    on_two_ranks(_worker, tmp_path)
 
 
 @pytest.mark.parametrize("micro_rows", [1, 3])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, script
 from safetensors.torch import load_file, save_file
 from tiny import save_step, tiny_tokenizers
 from tiny_qwen import PIECES, ROWS, edit, write_qwen
@@ -24,7 +25,7 @@ from onevocab.tokenizers.pretrained_text import read_tokenizer
 from onevocab.tokenizers.vocab import Vocabulary
 from onevocab.training import checkpoint
 
-ROOT = Path(__file__).parent.parent
+
 @pytest.fixture
 def folder(tmp_path, peer) -> Path:
     write_qwen(tmp_path / "qwen", peer)
@@ -216,15 +217,6 @@ def test_a_run_that_cannot_be_the_start_is_one_line(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ train.py
-
-
-def script():
-    sys.path.insert(0, str(ROOT))
-    try:
-        import train
-    finally:
-        sys.path.remove(str(ROOT))
-    return train
 
 
 def smoke(tmp_path: Path, *left_out: str) -> Path:

@@ -6,6 +6,7 @@
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -75,6 +76,24 @@ def run(folder: Path, loader=None, config=CONFIG, old_rows: int = 0, wandb: str 
                    torch.device("cpu"), **more)
     log.close()
     return decoder.state_dict()
+
+
+def on_two_ranks(work, folder: Path) -> None:
+    """work(rank) in two processes, which have what `distributed.init` needs, and `finish` for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, work, folder), nprocs=2)
+    assert {path.name for path in folder.iterdir()} == {"0", "1"}
+
+
+def _rank(rank: int, port: int, work, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    work(rank)
+    distributed.barrier()
+    distributed.finish()
+    (folder / str(rank)).write_text("done")
 
 
 class Misfortune(Loader):

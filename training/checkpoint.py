@@ -233,7 +233,7 @@ def find(folder) -> Checkpoint | None:
     for name in distributed.broadcast([path.name for path in list_steps(folder)]):
         step_folder = Path(folder) / name
 
-        def check(step_folder=step_folder) -> None:
+        def check(step_folder=step_folder) -> dict:
             files = _manifest(step_folder)
             verify(step_folder, sorted(files)[distributed.rank() :: distributed.world()])
             strange = {f"optimizer/{path.name}" for path in step_folder.glob("optimizer/*")} - files.keys()
@@ -242,13 +242,13 @@ def find(folder) -> Checkpoint | None:
             saved = read_json(step_folder / STATE)
             if not isinstance(saved, dict) or not {"step", "state", "rng"} <= saved.keys():
                 raise UserError(f"{step_folder / STATE} is damaged")
+            return saved
 
         try:
-            distributed.together(check)
+            saved = distributed.together(check)
         except UserError as error:
             damaged.append(str(error))
             continue
-        saved = read_json(step_folder / STATE)
         info = read_json(step_folder / INFO)
         return Checkpoint(step_folder, saved["step"], info, saved["state"], saved["rng"], damaged)
     if damaged:

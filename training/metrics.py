@@ -127,14 +127,14 @@ PANELS = [
 ]
 
 
-def curves(lines: list[dict], stage: str, panels=PANELS) -> bytes | None:
+def curves(lines: list[dict], stage: str) -> bytes | None:
     """A stage's losses and signals over its steps, from the lines of a metrics.jsonl, as a PNG; None when there are no
     losses. Panels without values are left out."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no state
 
     lines = [line for line in lines if line.get("stage") == stage]
     names = {name for line in lines for name in line}
-    drawn = [(title, found, log) for title, pattern, log in panels
+    drawn = [(title, found, log) for title, pattern, log in PANELS
              if (found := sorted(name for name in names if re.fullmatch(pattern, name)))]
     if not any(re.fullmatch(PANELS[0][1], name) for name in names):
         return None

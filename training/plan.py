@@ -1,6 +1,5 @@
 """What a run needs, before a step is taken: parameters, work, memory by part, time and energy."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from onevocab.common.errors import UserError
 from onevocab.training.config import TrainConfig
 from onevocab.training.muon import OptimizerConfig, state_bytes
 from onevocab.training.parallel import recompute_layers
-from onevocab.training.precision import autocast, choose
+from onevocab.training.precision import autocast, choose, device_flops
 
 PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
 
@@ -30,11 +29,8 @@ class PlanConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """All in bytes, for one device, except the counts: parameters, matrices (those of them in matrices; a tied head
-    counts once) and flops_per_token (forward and backward); checkpoint: on disk, of all devices together."""
+    """In bytes, for one device; flops_per_token: forward and backward; checkpoint: on disk, of all devices together."""
 
-    parameters: int
-    matrices: int
     flops_per_token: float
     weights: int
     gradients: int
@@ -100,10 +96,8 @@ def plan(model: nn.Module, flops: float, kept: int, optimizer: OptimizerConfig, 
     shards: over how many devices FSDP2 shares weights, gradients and optimiser state; gathered: bytes of whole weights
     that a device holds at a time."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
-    weights = sum(sizes)
-    return Plan(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.parameters() if p.dim() > 1),
-                flops, weights // shards + gathered, weights // shards, state_bytes(model, optimizer) // shards, kept,
-                weights + state_bytes(model, optimizer))
+    weights, state = sum(sizes), state_bytes(model, optimizer)
+    return Plan(flops, weights // shards + gathered, weights // shards, state // shards, kept, weights + state)
 
 
 def probe(batch_class: type, vocabulary: int) -> object:
@@ -113,18 +107,6 @@ def probe(batch_class: type, vocabulary: int) -> object:
     ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
     return batch_class(ids=ids, targets=ids, weights=torch.ones(rows, length), positions=index,
                        modality=torch.zeros(rows, length, dtype=torch.uint8), document=torch.zeros_like(index).int())
-
-
-def device_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """(FLOP/s, where they are from): a square product, measured here."""
-    dtype, n = getattr(torch, precision), 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(4):
-        begun = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best, f"a product of {n} x {n} in {precision}, measured here"
 
 
 def si(value: float, unit: str = "", base: float = 1000) -> str:
@@ -155,7 +137,7 @@ def stage_lines(name: str, stage: TrainConfig, rows_per_step: int, row_length: i
     gathered = outside + 2 * layer if sharded else 0  # FSDP2 gathers a layer while the one before it computes
     made = plan(model, model.decoder.flops(1, row_length / 2), kept, stage.optimizer, devices if sharded else 1,
                 gathered)
-    flops = supposed.flops or known_flops or device_flops(here, precision)[0]
+    flops = supposed.flops or known_flops or device_flops(here, precision)
     tokens = stage.steps * rows_per_step * row_length
     seconds = made.flops_per_token * tokens / (flops * supposed.mfu * devices)
     joules = seconds * devices * supposed.watts
