@@ -4,8 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from unittest.mock import Mock
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tiny_training import CONFIG, run
+from tqdm import tqdm
 
 from onevocab.training import checkpoint
 from onevocab.training.metrics import read_metrics
@@ -21,9 +24,11 @@ SCRIPT = "tests/tiny_training.py"
 STEPS = 30
 
 
-def start(folder, *options, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE, env=None) -> subprocess.Popen:
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-                                      f"--max-restarts={restarts}"]
+def start(folder, *options, ranks: int = 1, restarts: int = 0, stderr=subprocess.PIPE, env=None,
+          launcher=()) -> subprocess.Popen:
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                    f"--max-restarts={restarts}"]
     return subprocess.Popen([sys.executable, *launcher, SCRIPT, str(folder), "--steps", str(STEPS), *map(str, options)],
                             cwd=ROOT, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
 
@@ -60,6 +65,7 @@ def whole(tmp_path_factory):
 
 
 def _train(folder, background: str) -> None:
+    tqdm.set_lock(threading.RLock())  # its own one is shared by forked processes: one that is killed would keep it
     run(folder, config=CONFIG.model_copy(update={"steps": STEPS, "save_every": 1, "precision": "float32",
                                                  "background_save": background}))
 
@@ -133,6 +139,38 @@ def test_a_rank_that_dies_or_starves_is_started_again(tmp_path, what):
     assert ("has waited" in err and "for data at step 11" in err) == ("--stall" in what)
     finished(tmp_path / "whole", "--save-every", 4, ranks=2)
     assert same(outcome(tmp_path / "faulty"), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_damaged_data_on_one_rank_end_all_with_its_line(whole, tmp_path):
+    """And what was being saved becomes a checkpoint."""
+    options = "--save-every", 1, "--set", "background_save=on"
+    process = start(tmp_path, "--at", 7, "--on", 1, "--fail", *options, ranks=2)
+    err = process.communicate(timeout=120)[1]
+    own, traceback, torchruns = err.partition("Traceback")
+    assert own.count("error: the data of rank 1 are damaged") == 2 and traceback not in torchruns, err
+    assert torchruns.count("exitcode  : 2") == 2
+    assert [path.name for path in sorted((tmp_path / "stage").iterdir())] == ["step-6", "step-7"]
+    finished(tmp_path, *options, ranks=2)
+    finished(tmp_path / "whole", ranks=2)
+    assert same(outcome(tmp_path), outcome(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_two_machines(tmp_path):
+    """Two torchruns that meet at an address, each with a rank; one rank is killed, and both are started again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
+                "--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={address}"]
+    machines = [start(tmp_path / "two", "--at", 11, "--on", 1, launcher=launcher) for _ in range(2)]
+    for machine in machines:
+        err = machine.communicate(timeout=180)[1]
+        assert machine.returncode == 0, err
+    assert (tmp_path / "two" / "happened").exists()
+    finished(tmp_path / "whole", ranks=2)
+    assert same(outcome(tmp_path / "two"), outcome(tmp_path / "whole"))
 
 
 def test_starved_alone_it_ends_with_one_line(tmp_path):

@@ -50,6 +50,13 @@ def test_a_million_of_one_character_does_no_harm(folder):
         assert mine.decode(mine.encode(run)) == run
 
 
+def test_a_pattern_that_backtracks_without_end_is_one_line():
+    tokenizer = TextTokenizer({bytes([value]): value for value in range(256)}, r"(a|aa)+(?!c)b|[\s\S]")
+    assert len(tokenizer.encode("ab" * 60)) == 120
+    with pytest.raises(UserError, match="does not get through a text of 60 characters"):
+        tokenizer.encode("a" * 60)
+
+
 def test_a_heap_of_marks_is_put_in_order_and_soon(folder):
     mine, draw = read_tokenizer(folder, ROWS), random.Random(2)
     marks = [chr(c) for c in range(0x30000) if unicodedata.combining(chr(c))]

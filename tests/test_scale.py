@@ -1,5 +1,9 @@
 """What makes training larger leaves the result as it is: ranks, shards, parts of a batch, recomputation, averages."""
 
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_training import CONFIG, Loader, on_two_ranks, run
@@ -8,9 +12,10 @@ from torch import nn
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.training import checkpoint, distributed
+from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
 from onevocab.training.loop import NextTokenLoss, backward, keep_new_rows
-from onevocab.training.metrics import read_metrics
+from onevocab.training.metrics import MetricsLog, read_metrics
 from onevocab.training.muon import Muon, OptimizerConfig, build_optimizers, orthogonalise, orthogonalise_shards
 from onevocab.training.parallel import replicate, shard
 from onevocab.training.plan import saved_bytes
@@ -93,7 +98,7 @@ def _muon_steps(dtype, sharded: bool = False) -> torch.Tensor:
 
         fully_shard(model)
     named = [(name, parameter) for name, parameter in model.named_parameters()]
-    muon = Muon(named, 0.02, weight_decay=0.1)
+    muon = Muon(named, 0.02, momentum=0.95, weight_decay=0.1)
     for step in range(3):
         for _, parameter in named:
             gradient = torch.randn(parameter.shape).to(dtype)
@@ -107,6 +112,42 @@ def _muon_steps(dtype, sharded: bool = False) -> torch.Tensor:
 
 def test_ranks_and_shards_give_one_ranks_gradients_and_updates(tmp_path):
     on_two_ranks(_two_ranks, tmp_path)
+
+
+class Middle(nn.Module):
+    """What `train_autoencoder` asks for: it looks for the mean of its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        self.quantizer = SimpleNamespace(start=lambda latents: None)
+
+    def latents(self, rows):
+        return rows[None, None]
+
+    def forward(self, rows, quantize):
+        loss = (rows - self.mean).square().mean()
+        return loss, {}
+
+
+def _uneven(folder: Path, rank: int) -> None:
+    def trained(where: str) -> torch.Tensor:
+        def sample(generator):
+            rows = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+            return rows[distributed.rank() :: distributed.world()]
+
+        model = Middle()
+        train_autoencoder(model, sample, 12, 0.1, folder / where, MetricsLog(), "stage", 0)
+        return model.mean.detach()
+
+    alone = trained(f"alone-{rank}")
+    distributed.init("cpu")
+    assert torch.allclose(trained("shared"), alone, rtol=1e-9, atol=0)
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks_counts_the_same(tmp_path):
+    (tmp_path / "done").mkdir()
+    on_two_ranks(partial(_uneven, tmp_path), tmp_path / "done")
 
 
 def test_recomputing_gives_the_same_bits_and_keeps_less():
@@ -187,7 +228,7 @@ def test_weight_decay_fades():
     for decay, expected in ((1.0, 0.98), (0.5, 0.99), (0.0, 1.0)):
         weight = nn.Parameter(torch.eye(4))
         weight.grad = torch.zeros(4, 4)
-        Muon([("w", weight)], lr=0.1, weight_decay=0.2).step(decay=decay)
+        Muon([("w", weight)], lr=0.1, momentum=0.95, weight_decay=0.2).step(decay=decay)
         assert torch.allclose(weight.diagonal(), torch.tensor(expected))
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
     assert curves(read_metrics(tmp_path / "m.jsonl"), "another") is None
     log.cut_back("stage", 2)
     assert [line["step"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2]
+
+
+def test_lines_that_the_disk_does_not_take_are_written_later(tmp_path, capsys):
+    """A limit on files' sizes stands in for a full disk: a part of the second line is taken before it refuses."""
+    log, usual = MetricsLog(tmp_path / "m.jsonl"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write("stage", 1, loss=1.0)
+    taken = (tmp_path / "m.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (taken + 10, usual[1]))
+    try:
+        log.write("stage", 2, loss=2.0)
+        assert (tmp_path / "m.jsonl").stat().st_size == taken
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert capsys.readouterr().err.count("newest lines wait") == 1
+    log.write("stage", 3, loss=3.0)
+    assert [line["loss"] for line in read_metrics(tmp_path / "m.jsonl")] == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------ a whole run

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from onevocab.common.errors import cli
+from onevocab.common.errors import UserError, cli
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.training import distributed
@@ -97,8 +97,8 @@ def _rank(rank: int, port: int, work, folder: Path) -> None:
 
 
 class Misfortune(Loader):
-    """What befalls one rank before a step: it is killed, gets a signal, or its data do not come. Once: a file in the
-    folder remembers."""
+    """What befalls one rank before a step: it is killed, gets a signal, or its data are damaged or do not come. Once: a
+    file in the folder remembers."""
 
     def __init__(self, folder: Path, args: argparse.Namespace):
         super().__init__(poison=[args.poison] if distributed.rank() == args.on else [], rank=distributed.rank(),
@@ -112,6 +112,8 @@ class Misfortune(Loader):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.taken == self.args.at and self.rank == self.args.on and not self.mark.exists():
             self.mark.touch()
+            if self.args.fail:
+                raise UserError(f"the data of rank {self.rank} are damaged")
             if self.args.stall:
                 time.sleep(3600)
             os.kill(os.getpid(), self.args.kill)
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--at", type=int, default=-1, help="before which step")
     parser.add_argument("--on", type=int, default=0, help="which rank")
     parser.add_argument("--kill", type=int, default=signal.SIGKILL, help="by which signal")
+    parser.add_argument("--fail", action="store_true", help="the data are damaged")
     parser.add_argument("--stall", type=float, help="the data do not come; seconds after which that is an error")
     args = parser.parse_args()
     torch.set_num_threads(1)

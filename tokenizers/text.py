@@ -55,8 +55,14 @@ class TextTokenizer:
         return TextTokenizer({bytes(piece): rank for piece, rank in trainer.get_mergeable_ranks()})
 
     def encode(self, text: str) -> list[int]:
-        """str -> ids of the normalised text."""
-        return [id for part in _parts(self.normalise(text)) for id in self.encoding.encode_ordinary(part)]
+        """str -> ids of the normalised text. Raises UserError when a pattern from elsewhere does not get through it."""
+        try:
+            return [id for part in _parts(self.normalise(text)) for id in self.encoding.encode_ordinary(part)]
+        except BaseException as error:  # tiktoken's regex engine panics where it gives up backtracking
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the tokenizer's regular expression {self.pattern[:80]!r} does not get through a text of "
+                            f"{len(text):,} characters") from None
 
     def normalise(self, text: str) -> str:
         """The text that is encoded, and comes back: lone surrogates, which no UTF-8 text holds, are "?" in it."""

@@ -36,7 +36,7 @@ def train_autoencoder(
     # Kept on resume, so that a run ends the same wherever it was cut.
     precision = found.state["precision"] if found else distributed.broadcast(choose("auto", device))
     optimizers.iterate_in(getattr(torch, precision))
-    log.cut_back(stage, start)
+    distributed.together(lambda: log.cut_back(stage, start))
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
     wrapped = replicate(model)
     model.train()
@@ -53,10 +53,12 @@ def train_autoencoder(
                 with torch.no_grad():
                     latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
                 model.quantizer.start(torch.cat(latents))
+            batch = sample(generator)
+            count = distributed.all_reduce_sum(torch.tensor(len(batch))).item()
             with autocast(precision, device):
-                loss, logs = wrapped(sample(generator), quantize)
+                loss, logs = wrapped(batch, quantize)
             optimizers.zero_grad()
-            loss.backward()
+            (loss * (len(batch) * distributed.world() / count)).backward()  # ranks' parts may differ by one
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers.step(multiplier(schedule, step, steps))
             bar.update()

@@ -14,9 +14,10 @@ import random
 import re
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, sha256_file
 from onevocab.training import distributed
+from onevocab.training.faults import Stopped
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's, on one rank
 
@@ -61,14 +63,21 @@ class Saver:
     """Writes FOLDER/step-N and then removes all but the newest `keep`. All ranks make the same calls.
 
     In the background: `save` returns when the state has been copied, a thread writes it, and the checkpoint is there
-    when `finish` has returned, which is to be called once `written` is true on all ranks; `save` does it too.
+    when `finish` has returned, which is to be called once `written` is true on all ranks; `save` does it too, and so
+    does the end of a `with`, unless it is left by an error that may be this rank's alone.
     """
 
     def __init__(self, folder, keep: int = 2, background: bool = False):
         self.folder, self.keep, self.background = Path(folder), keep, background
         self._group = distributed.cpu_group()
         self._step, self._pending = 0, None
-        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None or issubclass(kind, (UserError, Stopped)):  # which all ranks raise together
+            self.finish()
 
     def save(self, step: int, model: nn.Module, model_info: dict, optimizers, state: dict) -> None:
         """optimizers has `tensors()` and `averages()`, both -> dict[str, Tensor] (or is None); state and model_info are
@@ -89,11 +98,15 @@ class Saver:
         weights = {name: self._whole(values) for name, values in ((MODEL, model.state_dict()), (AVERAGED, averages))
                    if values}
         texts = {INFO: model_info, STATE: {"step": step, "state": state, "rng": _rng_state()}}
-        self._pending = Future()
-        if self.background:
-            self._pending = self._thread.submit(self._write, tensors, weights, texts)
+        self._pending = pending = Future()
+
+        def write() -> None:
+            pending.set_result(self._write(tensors, weights, texts))
+
+        if self.background:  # a daemon: a process that fails does not wait for ranks that are gone
+            threading.Thread(target=write, daemon=True).start()
         else:
-            self._pending.set_result(self._write(tensors, weights, texts))
+            write()
             self.finish()
 
     @property

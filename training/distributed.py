@@ -137,9 +137,8 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except (UserError, OSError) as caught:
         error = str(caught)
-    errors = [text for text in gather(error) if text]
-    if errors:
-        raise UserError(errors[0])
+    if agree(error is not None):
+        raise UserError(next(text for text in gather(error) if text))
     return result
 
 

@@ -115,7 +115,7 @@ def train_language(
         loader.load_state_dict(found.state["loader"])
         totals.load(found.state["unreported"])
     model = replicate(module)
-    log.cut_back(stage, start)
+    distributed.together(lambda: log.cut_back(stage, start))
     saver = checkpoint.Saver(folder, background=config.background_save == "on" or (
         config.background_save == "auto" and device.type == "cuda"))
 
@@ -129,13 +129,13 @@ def train_language(
     if found:  # since the last report, as what `totals` has
         waited, began = found.state["waited"], began - found.state["seconds"]
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
-    with StopSignal() as stop, watchdog, progress(config.steps, start, stage, distributed.is_main()) as bar:
+    with StopSignal() as stop, watchdog, saver, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
             done = step + 1
             report = done % config.log_every == 0 or done == config.steps
             watchdog.waits_for("data", step)
             asked = time.perf_counter()
-            batch = loader.next_batch().to(device)
+            batch = distributed.together(loader.next_batch).to(device)
             waited += time.perf_counter() - asked
             watchdog.waits_for("the update", step)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
@@ -152,7 +152,6 @@ def train_language(
                 bad += 1
                 log.write(stage, done, skipped="non-finite loss")
                 if bad >= config.max_bad_steps:
-                    saver.finish()
                     raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {done}; "
                                     f"start again with lower learning rates from {folder}")
             else:
@@ -181,6 +180,4 @@ def train_language(
             if asked_to_stop:
                 if saved < done:
                     save(done)
-                saver.finish()
                 raise Stopped(f"{stage} stopped at step {done}; the same command continues")
-        saver.finish()

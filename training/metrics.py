@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -62,11 +64,12 @@ class MetricsLog:
     """Appends JSON lines {"stage", "step", ...} to a file; active on one rank only (path None: does nothing).
 
     wandb: a project's name, or None; its files lie beside the log, also with WANDB_MODE=offline. wandb can never stop a
-    run: whatever it raises is said once, then it is left out.
+    run: whatever it raises is said once, then it is left out. Lines that the disk does not take are said, too, and
+    written with the next ones.
     """
 
     def __init__(self, path=None, wandb: str | None = None, run_name: str = ""):
-        self.path, self._wandb = Path(path) if path else None, None
+        self.path, self._wandb, self._waiting = Path(path) if path else None, None, ""
         if self.path and wandb:
             def begin():
                 import wandb as library
@@ -80,14 +83,27 @@ class MetricsLog:
     def write(self, stage: str, step: int, **values) -> None:
         if self.path is None:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self._waiting += json.dumps({"stage": stage, "step": step, **values}) + "\n"
+        self._write_waiting()
         if self._wandb is not None:
             named = {f"{stage}/{name}": value for name, value in {"step": step, **values}.items()}
             self._attempt(lambda: self._wandb.log(named))
 
+    def _write_waiting(self) -> None:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(self._waiting)
+            self._waiting = ""
+        except OSError as error:
+            print(f"{self.path} cannot be written, its newest lines wait: {error.strerror}", file=sys.stderr)
+            with suppress(OSError):  # what it took of them
+                os.truncate(self.path, size)
+
     def close(self) -> None:
-        """Lets wandb send what it still has."""
+        """Writes what waits, and lets wandb send what it still has."""
+        if self._waiting:
+            self._write_waiting()
         if self._wandb is not None:
             self._attempt(lambda: self._wandb.finish())
 

@@ -55,7 +55,7 @@ class Muon:
     same gradients; parameters that FSDP2 has sharded by rows have sharded momenta too, and are put together for this.
     """
 
-    def __init__(self, named: Named, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, named: Named, lr: float, momentum: float, weight_decay: float):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.dtype: torch.dtype | None = None  # of the iteration; None: that of the momentum
         self.names, self.parameters = zip(*named, strict=True)
@@ -126,7 +126,7 @@ def _padded(x: Tensor, axis: int, size: int) -> Tensor:
 class AdamW:
     """torch's fused AdamW (Loshchilov and Hutter 2019) for named parameters, without weight decay."""
 
-    def __init__(self, named, lr: float, betas=(0.9, 0.95), eps: float = 1e-8):
+    def __init__(self, named: Named, lr: float, betas: tuple[float, float], eps: float):
         self.names, self.parameters = zip(*named, strict=True)
         self.lr = lr
         self.inner = torch.optim.AdamW(
