@@ -326,7 +326,8 @@ class Run:
         lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
         loader = Curriculum(read(settings.sources), lessons)
         shape = self.config.model.shape
-        decoder = Decoder(shape, tokenizers.vocab.size).to(self.device)
+        with self.device:  # where it is needed: the ranks of a machine share its memory
+            decoder = Decoder(shape, tokenizers.vocab.size)
         if after:
             steps = checkpoint.list_steps(self.folder / after)
             if not steps:
