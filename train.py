@@ -8,6 +8,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,11 +40,11 @@ from onevocab.tokenizers.vocab import Vocabulary
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
-from onevocab.training.faults import Stopped
+from onevocab.training.faults import Stopped, alone
 from onevocab.training.loop import NextTokenLoss, train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.plan import PlanConfig, probe, si, stage_lines
-from onevocab.training.precision import choose, device_flops
+from onevocab.training.precision import device_flops
 
 
 class LanguageStage(TrainConfig, StageData):
@@ -167,19 +168,18 @@ class Run:
         Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
         two models in one folder.
         """
-        records = self._check()
-        self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
-                              self.folder.name)
-        if self.main:
+        records = distributed.together(self._check)
+        with ExitStack() as held:
+            self.on_main(lambda: held.enter_context(alone(self.folder)))
+            self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
+                                  self.folder.name)
+            held.callback(self.log.close)
             resolved = self.config.model_dump(mode="json", exclude_none=True)
-            write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved))
-        try:
+            self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
             for stage in self.stages:
                 folder = self.folder / stage.name
-                if not (folder / "done.json").exists():
+                if not distributed.broadcast((folder / "done.json").exists()):
                     self._run(stage, folder, records[stage.name])
-        finally:
-            self.log.close()
 
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""
@@ -199,15 +199,18 @@ class Run:
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
                                     f"use another --folder, or remove {path.parent}"
                                     + (f" and what follows from it ({later})" if later else ""))
-        distributed.barrier()  # nobody writes before everybody has looked
         return records
 
     def _run(self, stage: Stage, folder: Path, record: dict) -> None:
-        if self.main:
+        started = folder / "started.json"
+
+        def start() -> float:
             print(f"--- {stage.name}", file=sys.stderr, flush=True)
-            before = read_json(folder / "started.json")["seconds"] if (folder / "started.json").exists() else 0.0
-            write_json(folder / "started.json", record | {"seconds": before})
-        began = time.perf_counter()
+            before = read_json(started)["seconds"] if started.exists() else 0.0
+            write_json(started, record | {"seconds": before})
+            return before
+
+        before, began = self.on_main(start), time.perf_counter()
         torch.manual_seed(self.config.seed)
         np.random.seed(self.config.seed)
         try:
@@ -215,18 +218,21 @@ class Run:
         finally:
             if self.main:  # of all sittings; one that was killed is not counted
                 seconds = round(before + time.perf_counter() - began, 1)
-                write_json(folder / "started.json", record | {"seconds": seconds})
-        distributed.barrier()
-        if self.main:
+                with suppress(OSError):  # what went wrong in the stage is what is to be told
+                    write_json(started, record | {"seconds": seconds})
+
+        def end() -> None:
             write_json(folder / "done.json", record | {"seconds": seconds, "provenance": provenance()})
             metrics = self.folder / "metrics.jsonl"
             if metrics.exists() and (drawn := curves(read_metrics(metrics), stage.name)):
                 write_atomic(folder / "curves.png", drawn)
-        distributed.barrier()
 
-    def on_main(self, work) -> None:
-        """Work that one rank does while the others wait; when it cannot, all say so."""
-        distributed.together(lambda: work() if self.main else None)
+        distributed.barrier()
+        self.on_main(end)
+
+    def on_main(self, work: Callable):
+        """Work that one rank does while the others wait; when it cannot, all say so. What it returns is there alone."""
+        return distributed.together(lambda: work() if self.main else None)
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -256,7 +262,8 @@ class Run:
         if "image" in self.kept:
             return self.keep_tokenizer("image")
         tokenizer = ImageTokenizer(self.config.image)
-        pixels = pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
+        pixels = distributed.together(
+            lambda: pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
 
         def sample(generator: torch.Generator) -> torch.Tensor:
             chosen = self._choose(len(pixels), self.config.image.batch_size, generator)
@@ -268,7 +275,7 @@ class Run:
         if "audio" in self.kept:
             return self.keep_tokenizer("audio")
         tokenizer = AudioTokenizer(self.config.audio)
-        mels = clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer)
+        mels = distributed.together(lambda: clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
         if len(mels):
             tokenizer.mean.fill_(mels.mean())
             tokenizer.deviation.fill_(mels.std())
@@ -286,6 +293,9 @@ class Run:
         return torch.randint(count, (batch_size,), generator=generator)[distributed.rank() :: distributed.world()]
 
     def _train_autoencoder(self, name: str, tokenizer, sample, settings) -> None:
+        if settings.batch_size < distributed.world():
+            raise UserError(f"{name}.batch_size = {settings.batch_size} leaves some of the {distributed.world()} ranks "
+                            f"without a part; make it larger, or train up to stage {name} on fewer ranks")
         tokenizer.to(self.device)
         train_autoencoder(tokenizer, sample, settings.steps, settings.learning_rate, self.folder / name, self.log, name,
                           self.config.seed)
@@ -312,6 +322,17 @@ class Run:
         Tokenizers(text, media).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
+        steps = distributed.broadcast([path.name for path in checkpoint.list_steps(self.folder / (after or name))])
+        vocabulary, loader, decoder = distributed.together(lambda: self._make_ready(name, settings, after, steps))
+        if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
+            raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
+        info = {"config": self.config.model.shape.model_dump(mode="json"), "vocab_size": vocabulary.size,
+                "vocabulary": vocabulary.hash, "stage": name}
+        train_language(decoder, loader, settings, self.folder / name, info, vocabulary.modalities, self.log, name,
+                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision))
+
+    def _make_ready(self, name: str, settings: LanguageStage, after: str | None, steps: list[str]):
+        """Vocabulary, loader and decoder of a stage; steps: checkpoints of `after`, or of the stage, newest first."""
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
@@ -325,25 +346,20 @@ class Run:
 
         lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
         loader = Curriculum(read(settings.sources), lessons)
-        shape = self.config.model.shape
         with self.device:  # where it is needed: the ranks of a machine share its memory
-            decoder = Decoder(shape, tokenizers.vocab.size)
+            decoder = Decoder(self.config.model.shape, tokenizers.vocab.size)
         if after:
-            steps = checkpoint.list_steps(self.folder / after)
             if not steps:
                 raise UserError(f"{self.folder / after} holds no checkpoint; remove its done.json")
-            checkpoint.load_into(decoder, checkpoint.load_weights(steps[0])[0], steps[0])
-        elif self.source is not None and not checkpoint.list_steps(self.folder / name):
+            newest = self.folder / after / steps[0]
+            checkpoint.load_into(decoder, checkpoint.load_weights(newest)[0], newest)
+        elif self.source is not None and not steps:
             self.source.load(decoder, tokenizers.vocab)
         decoder.old_rows = 0 if self.source is None else self.source.rows
         if settings.new_rows_steps and not 0 < decoder.old_rows < tokenizers.vocab.size:
             raise UserError(f"{name}: new_rows_steps is for a run that starts from other weights (model.init, "
                             "init_from) and adds rows to their vocabulary; leave it out")
-        info = {"config": shape.model_dump(mode="json"), "vocab_size": tokenizers.vocab.size,
-                "vocabulary": tokenizers.vocab.hash, "stage": name}
-        peak = self.config.device_flops or device_flops(self.device, choose(settings.precision, self.device))
-        train_language(decoder, loader, settings, self.folder / name, info, tokenizers.vocab.modalities, self.log, name,
-                       self.device, peak)
+        return tokenizers.vocab, loader, decoder
 
 
 def placed(folder: Path, path: str) -> str:

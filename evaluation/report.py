@@ -76,7 +76,7 @@ def wav(samples: np.ndarray, rate: int) -> str:
 def curve_images(run: Path) -> list[tuple[str, str]]:
     """(stage, PNG data URI) of the losses in `metrics.jsonl`. A damaged line is skipped."""
     try:
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
+        lines = read_metrics(run / "metrics.jsonl")
     except OSError:
         return []
     drawn = {stage: curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}

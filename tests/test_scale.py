@@ -9,6 +9,7 @@ import torch
 from tiny_training import CONFIG, Loader, on_two_ranks, run
 from torch import nn
 
+from onevocab.common.errors import UserError
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.training import checkpoint, distributed
@@ -150,6 +151,13 @@ def test_a_batch_that_does_not_divide_by_the_ranks_counts_the_same(tmp_path):
     on_two_ranks(partial(_uneven, tmp_path), tmp_path / "done")
 
 
+def test_a_tokenizer_whose_loss_is_not_finite_stops_and_saves_nothing(tmp_path):
+    samples = iter([torch.ones(5, 3, dtype=torch.float64), torch.full((5, 3), float("nan"), dtype=torch.float64)])
+    with pytest.raises(UserError, match="not finite at step 2"):
+        train_autoencoder(Middle(), lambda _: next(samples), 8, 0.1, tmp_path / "stage", MetricsLog(), "stage", 0)
+    assert not checkpoint.list_steps(tmp_path / "stage")
+
+
 def test_recomputing_gives_the_same_bits_and_keeps_less():
     made = [network(torch.float32, recompute=recompute) for recompute in (False, True)]
     found = [gradients(*each, Loader()) for each in made]
@@ -247,7 +255,7 @@ def test_signals_are_what_they_say(tmp_path):
     assert module.signals["z"].item() == pytest.approx(z.item(), rel=1e-5)
     assert module.signals["output_norm"].item() == pytest.approx(inputs[0].square().mean().sqrt().item(), rel=1e-5)
 
-    run(tmp_path, Loader(), settings(), peak_flops=1e9)
+    run(tmp_path, Loader(), settings(), peak_flops=lambda precision: 1e9)
     for line in read_metrics(tmp_path / "metrics.jsonl"):
         assert line["tokens_per_second_text"] == line["tokens_per_second"]
         tokens, keys = 2 * 64, 2 * 4 * sum(range(1, 17))

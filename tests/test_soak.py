@@ -48,7 +48,7 @@ def hurt(what: str, process, folder: Path, choice: random.Random) -> bool:
         process.terminate()
         process.wait()
         newest = checkpoint.list_steps(folder / "stage")[:1]
-        for path in choice.sample(sorted(newest[0].iterdir()), 1) if newest else []:
+        for path in choice.sample(sorted(path for path in newest[0].rglob("*") if path.is_file()), 1) if newest else []:
             content = bytearray(path.read_bytes())
             content[choice.randrange(len(content))] ^= 1
             path.write_bytes(content)

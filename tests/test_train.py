@@ -15,6 +15,7 @@ from conftest import ROOT, script
 from tiny_training import Loader, run
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import locked
 from onevocab.training import checkpoint
 from onevocab.training.faults import Stopped
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
@@ -116,8 +117,8 @@ def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     for step in range(1, 5):
         log.write("stage", step, loss_text=1.0 / step, loss_image=2.0 / step)
-    with open(tmp_path / "m.jsonl", "a") as file:
-        file.write('{"stage": "sta')
+    with open(tmp_path / "m.jsonl", "ab") as file:
+        file.write(b'{"stbge": "stage", "step": 2}\n[]\n\xff\n{"stage": "sta')
     assert curves(read_metrics(tmp_path / "m.jsonl"), "stage")[:4] == b"\x89PNG"
     assert curves(read_metrics(tmp_path / "m.jsonl"), "another") is None
     log.cut_back("stage", 2)
@@ -152,6 +153,24 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(smoke_run):
     assert other.returncode == 2 and "model.dim: 64 then, 96 now" in other.stderr and "Traceback" not in other.stderr
     assert "dim = 64" in (smoke_run / "config.toml").read_text(), "a refused run leaves the real configuration"
     assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.slow
+def test_a_folder_is_trained_once_at_a_time(smoke_run):
+    with locked(smoke_run / ".lock"):
+        second = train("configs/smoke.toml", f"--folder={smoke_run}")
+    assert second.returncode == 2 and "another process trains" in second.stderr and "Traceback" not in second.stderr
+
+
+@pytest.mark.slow
+def test_what_the_first_rank_cannot_write_all_ranks_say(tmp_path):
+    (tmp_path / "file").touch()
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([sys.executable, *ranks, "train.py", "configs/smoke.toml", f"--folder={tmp_path}/file/run"],
+                          cwd=ROOT, timeout=120, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    own, traceback, torchruns = done.stderr.partition("Traceback")
+    assert own.count("error: [Errno 20] Not a directory") == 2 and traceback not in torchruns, done.stderr
 
 
 def test_a_run_says_what_made_it(smoke_run):

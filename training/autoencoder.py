@@ -1,10 +1,12 @@
 """The short loop that trains a media tokenizer's autoencoder: knows a module with a quantizer and tensors."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from onevocab.common.errors import UserError
 from onevocab.training import checkpoint, distributed
 from onevocab.training.faults import Stopped, StopSignal
 from onevocab.training.metrics import MetricsLog, progress
@@ -24,7 +26,7 @@ def train_autoencoder(
     """Trains `model(x, quantize) -> (loss, logs)`, first without its quantizer, which k-means then starts.
 
     sample: generator, the same on every rank -> this rank's part of a batch, (B, channels, H, W). Continues from the
-    newest checkpoint of `folder`. Raises Stopped after a signal.
+    newest checkpoint of `folder`. Raises Stopped after a signal, UserError when the loss is not finite.
     """
     device = next(model.parameters()).device
     optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
@@ -63,14 +65,18 @@ def train_autoencoder(
             optimizers.step(multiplier(schedule, step, steps))
             bar.update()
             done = step + 1
+            asked_to_stop, bad = distributed.count(stop.asked, not math.isfinite(loss.item()))
+            if bad:
+                raise UserError(f"{stage}: the loss is not finite at step {done}; use a lower learning_rate, with "
+                                f"another --folder or without {folder}")
             if done % 50 == 0 or done == steps:
                 values = {name: float(value) for name, value in logs.items()}
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
-                log.write(stage, done, loss=float(loss.detach()), **values)
+                log.write(stage, done, loss=loss.item(), **values)
             if done % SAVE_EVERY == 0 or done == steps:
                 save(done)
                 saved = done
-            if distributed.agree(stop.asked):
+            if asked_to_stop:
                 if saved < done:
                     save(done)
                 raise Stopped(f"{stage} stopped at step {done}; the same command continues")

@@ -76,8 +76,14 @@ class Saver:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None or issubclass(kind, (UserError, Stopped)):  # which all ranks raise together
+        if kind is not None and not issubclass(kind, (UserError, Stopped)):  # these all ranks raise together
+            return
+        try:
             self.finish()
+        except UserError as error:
+            if kind is not UserError:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # beside what came first
 
     def save(self, step: int, model: nn.Module, model_info: dict, optimizers, state: dict) -> None:
         """optimizers has `tensors()` and `averages()`, both -> dict[str, Tensor] (or is None); state and model_info are

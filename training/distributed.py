@@ -19,6 +19,7 @@ from onevocab.common.errors import UserError
 
 T = TypeVar("T")
 TOGETHER = timedelta(minutes=30)  # how long ranks wait for each other at the start
+LONGEST = timedelta(days=30)  # and while one of them works alone; in the loops a watchdog looks after them
 
 
 def init(device: str = "auto") -> torch.device:
@@ -36,7 +37,7 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, index, count = next(iter(dist.rendezvous("env://", timeout=TOGETHER)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(hours=4),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=LONGEST,
                                 store=_fresh(store, index, count), rank=index, world_size=count)
     return chosen
 
@@ -136,16 +137,16 @@ def together(work: Callable[[], T]) -> T:
     try:
         result = work()
     except (UserError, OSError) as caught:
-        error = str(caught)
+        error = str(caught) or repr(caught)
     if agree(error is not None):
-        raise UserError(next(text for text in gather(error) if text))
+        raise UserError(next(text for text in gather(error) if text is not None))
     return result
 
 
 @cache
 def cpu_group() -> dist.ProcessGroup | None:
     """A gloo group beside the usual one, for what a background thread exchanges. All ranks must ask at once."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=LONGEST) if dist.is_initialized() else None
 
 
 def broadcast(value, source: int = 0):

@@ -5,12 +5,35 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from onevocab.common.errors import UserError
+from onevocab.common.files import locked
 
 STALLED = 3  # the exit code of a run that stood still
 
 
 class Stopped(Exception):
     """The run was asked to stop; everything is saved."""
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The only training of a folder, on its first rank: two would mix their checkpoints. Raises UserError when there is
+    another; one that was just killed has ten seconds to be gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        for _ in range(100):
+            with suppress(BlockingIOError):
+                held.enter_context(locked(folder / ".lock", wait=False))
+                break
+            time.sleep(0.1)
+        else:
+            raise UserError(f"another process trains {folder}; wait for it, or stop it (ranks can outlive a torchrun "
+                            "that was killed), or use another --folder")
+        yield
 
 
 class StopSignal:
@@ -52,7 +75,8 @@ class Watchdog:
         self._over.set()
 
     def waits_for(self, what: str, step: int) -> None:
-        """To be called before everything that may take long; what: "data", "the update", "the checkpoint"."""
+        """To be called before everything that may take long; what: "data", "the other ranks' data",
+        "the update", "the checkpoint"."""
         self._what, self._step, self._since = what, step, time.monotonic()
 
     def _watch(self) -> None:

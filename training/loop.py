@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +91,13 @@ def keep_new_rows(decoder: nn.Module) -> None:
 
 def train_language(
     decoder: nn.Module, loader, config: TrainConfig, folder, model_info: dict, modalities: list[str],
-    log: MetricsLog, stage: str, device: torch.device, peak_flops: float = 0.0,
+    log: MetricsLog, stage: str, device: torch.device, peak_flops: Callable[[str], float] | None = None,
 ) -> None:
     """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
 
     loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, weights, modality, positions,
-    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops: of a device, in
-    FLOP/s, for the MFU (0: none is said). Raises Stopped after a signal, and UserError when the loss stays non-finite.
+    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops: precision ->
+    FLOP/s of a device, for the MFU. Raises Stopped after a signal, and UserError when the loss stays non-finite.
     """
     if distributed.is_main():
         checkpoint.sweep(folder)
@@ -104,6 +105,7 @@ def train_language(
     start = found.step if found else 0
     # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
     precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
+    peak = peak_flops(precision) if peak_flops else 0.0
     decoder.train()
     module = NextTokenLoss(decoder, config.z_loss)
     shard(module, decoder.layers, config, device)
@@ -112,7 +114,7 @@ def train_language(
     if found:
         found.report_damage()
         checkpoint.restore(found, decoder, optimizers)
-        loader.load_state_dict(found.state["loader"])
+        distributed.together(lambda: loader.load_state_dict(found.state["loader"]))
         totals.load(found.state["unreported"])
     model = replicate(module)
     distributed.together(lambda: log.cut_back(stage, start))
@@ -121,9 +123,15 @@ def train_language(
 
     def save(step: int) -> None:
         watchdog.waits_for("the checkpoint", step)
+        log.sync()
         state = {"loader": loader.state_dict(), "precision": precision, "unreported": totals.gathered(),
                  "seconds": time.perf_counter() - began, "waited": waited}
         saver.save(step, decoder, model_info, optimizers, state)
+
+    def next_batch():
+        batch = loader.next_batch()
+        watchdog.waits_for("the other ranks' data", step)
+        return batch
 
     bad, saved, waited, began = 0, start, 0.0, time.perf_counter()
     if found:  # since the last report, as what `totals` has
@@ -135,7 +143,7 @@ def train_language(
             report = done % config.log_every == 0 or done == config.steps
             watchdog.waits_for("data", step)
             asked = time.perf_counter()
-            batch = distributed.together(loader.next_batch).to(device)
+            batch = distributed.together(next_batch).to(device)
             waited += time.perf_counter() - asked
             watchdog.waits_for("the update", step)
             total_weight = distributed.all_reduce_sum(batch.weights.sum())
@@ -153,7 +161,7 @@ def train_language(
                 log.write(stage, done, skipped="non-finite loss")
                 if bad >= config.max_bad_steps:
                     raise UserError(f"{stage}: the loss was not finite {bad} steps in a row, at step {done}; "
-                                    f"start again with lower learning rates from {folder}")
+                                    f"use lower learning rates, with another --folder or without {folder}")
             else:
                 bad = 0
                 optimizers.step(rate, decay=1 - step / config.steps)
@@ -164,7 +172,7 @@ def train_language(
             bar.update()
             if report:
                 seconds, began = time.perf_counter() - began, time.perf_counter()
-                values = totals.report(seconds, decoder.flops, peak_flops)
+                values = totals.report(seconds, decoder.flops, peak)
                 bar.set_postfix({name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()
                                  if name.startswith("loss_")} | {"tok/s": f"{values['tokens_per_second']:,.0f}"})
                 signals = {name: value.item() for name, value in module.signals.items()}

@@ -90,20 +90,30 @@ class MetricsLog:
             self._attempt(lambda: self._wandb.log(named))
 
     def _write_waiting(self) -> None:
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
+            size = self.path.stat().st_size if self.path.exists() else 0
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(self._waiting)
             self._waiting = ""
         except OSError as error:
             print(f"{self.path} cannot be written, its newest lines wait: {error.strerror}", file=sys.stderr)
             with suppress(OSError):  # what it took of them
-                os.truncate(self.path, size)
+                if size is not None:
+                    os.truncate(self.path, size)
+
+    def sync(self) -> None:
+        """To the disk, as a checkpoint of the same steps: lines before it do not come again."""
+        if self.path is not None and self.path.exists():
+            with suppress(OSError), open(self.path, "rb") as file:
+                os.fsync(file)
 
     def close(self) -> None:
-        """Writes what waits, and lets wandb send what it still has."""
+        """Writes what waits, or says how much is lost, and lets wandb send what it still has."""
         if self._waiting:
             self._write_waiting()
+        if self._waiting:
+            print(f"{self._waiting.count(chr(10))} lines of {self.path} are lost", file=sys.stderr)
         if self._wandb is not None:
             self._attempt(lambda: self._wandb.finish())
 
@@ -124,13 +134,13 @@ class MetricsLog:
 
 
 def read_metrics(path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that a crash cut short is left out."""
+    """The lines of a metrics.jsonl; one that a crash cut short, or that is damaged, is left out."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and {"stage", "step"} <= line.keys():
+                lines.append(line)
     return lines
 
 
