@@ -19,7 +19,7 @@ from onevocab.common.errors import UserError
 
 T = TypeVar("T")
 TOGETHER = timedelta(minutes=30)  # how long ranks wait for each other at the start
-LONGEST = timedelta(days=30)  # and while one of them works alone; in the loops a watchdog looks after them
+LONGEST = timedelta(days=7)  # and while one of them works alone; in the loops a watchdog looks after them
 
 
 def init(device: str = "auto") -> torch.device:
