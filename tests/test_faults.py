@@ -149,8 +149,9 @@ def test_damaged_data_on_one_rank_end_all_with_its_line(whole, tmp_path):
     process = start(tmp_path, "--at", 7, "--on", 1, "--fail", *options, ranks=2)
     err = process.communicate(timeout=120)[1]
     own, traceback, torchruns = err.partition("Traceback")
-    assert own.count("error: the data of rank 1 are damaged") == 2 and traceback not in torchruns, err
-    assert torchruns.count("exitcode  : 2") == 2
+    # torchrun may end the other rank before that has said the same
+    assert "error: the data of rank 1 are damaged" in own and traceback not in torchruns, err
+    assert "exitcode  : 2" in torchruns
     assert [path.name for path in sorted((tmp_path / "stage").iterdir())] == ["step-6", "step-7"]
     finished(tmp_path, *options, ranks=2)
     finished(tmp_path / "whole", ranks=2)
