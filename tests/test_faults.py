@@ -182,6 +182,16 @@ def test_starved_alone_it_ends_with_one_line(tmp_path):
     assert checkpoint.list_steps(tmp_path / "stage")[0].name == "step-5"
 
 
+def test_the_watchdog_ends_a_process_whose_words_nobody_takes():
+    code = """import sys, time
+from onevocab.training.faults import Watchdog
+sys.stderr = open("/dev/full", "w")
+with Watchdog(0.2, "stage") as watchdog:
+    watchdog.waits_for("data", 1)
+    time.sleep(30)"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 3
+
+
 @pytest.mark.slow
 def test_the_number_of_ranks_may_change(whole, tmp_path):
     """1 -> 2 -> 4 -> 1 ranks, under DDP, sharded by FSDP2, and back: the losses differ from one rank's by no more than

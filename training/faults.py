@@ -83,7 +83,9 @@ class Watchdog:
         while not self._over.wait(min(self.seconds / 4, 10)):
             waited = time.monotonic() - self._since
             if waited > self.seconds:
-                print(f"error: {self.stage}: rank {self.rank} has waited {waited:.0f} s for {self._what} at step "
-                      f"{self._step}; its last checkpoint stays, the same command continues (stall_seconds sets how "
-                      "long to wait)", file=sys.stderr, flush=True)
-                os._exit(STALLED)
+                try:
+                    print(f"error: {self.stage}: rank {self.rank} has waited {waited:.0f} s for {self._what} at step "
+                          f"{self._step}; its last checkpoint stays, the same command continues (stall_seconds sets "
+                          "how long to wait)", file=sys.stderr, flush=True)
+                finally:  # also when nobody reads any more
+                    os._exit(STALLED)
