@@ -29,6 +29,15 @@ def write_atomic(path, content: bytes | str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def sync(path) -> None:
+    """Waits until the disk has a file's bytes, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def locked(path, wait: bool = True) -> Iterator[None]:
     """One process at a time holds the file `path`; the lock goes with its process, however that ends. Without `wait`

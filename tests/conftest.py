@@ -60,6 +60,12 @@ def script():
     return train
 
 
+def train(*words, launcher=()) -> subprocess.CompletedProcess:
+    """train.py in a process of its own, or in several by a launcher, such as torchrun's arguments to Python."""
+    return subprocess.run([sys.executable, *launcher, "train.py", *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Path:
     """The folder of a run of `configs/smoke.toml`, every stage, trained once on two ranks.

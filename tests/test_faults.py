@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import ROOT
-from tiny_training import CONFIG, run
+from tiny_training import CONFIG, free_port, run
 from tqdm import tqdm
 
 from onevocab.training import checkpoint
@@ -161,11 +160,8 @@ def test_damaged_data_on_one_rank_end_all_with_its_line(whole, tmp_path):
 @pytest.mark.slow
 def test_two_machines(tmp_path):
     """Two torchruns that meet at an address, each with a rank; one rank is killed, and both are started again."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
-                "--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint={address}"]
+                "--rdzv-backend=c10d", "--rdzv-id=job", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
     machines = [start(tmp_path / "two", "--at", 11, "--on", 1, launcher=launcher) for _ in range(2)]
     for machine in machines:
         err = machine.communicate(timeout=180)[1]

@@ -1,13 +1,10 @@
 """The plan's numbers against what is counted and measured."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, train
 from tiny_training import Batch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,11 +82,6 @@ def test_memory_is_what_is_measured(config, precision, recompute):
     optimizers.zero_grad()
     measured = measured_peak(step) + planned.weights + planned.optimizer
     assert planned.memory == pytest.approx(measured, rel=0.15)
-
-
-def train(*words) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, train
 from tiny_training import Loader, run
 
 from onevocab.common.errors import UserError
@@ -19,11 +19,6 @@ from onevocab.common.files import locked
 from onevocab.training import checkpoint
 from onevocab.training.faults import Stopped
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
-
-
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.parametrize(("change", "arguments", "message"), [
@@ -165,10 +160,8 @@ def test_a_folder_is_trained_once_at_a_time(smoke_run):
 @pytest.mark.slow
 def test_what_the_first_rank_cannot_write_all_ranks_say(tmp_path):
     (tmp_path / "file").touch()
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([sys.executable, *ranks, "train.py", "configs/smoke.toml", f"--folder={tmp_path}/file/run"],
-                          cwd=ROOT, timeout=120, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = train("configs/smoke.toml", f"--folder={tmp_path}/file/run",
+                 launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
     own, traceback, torchruns = done.stderr.partition("Traceback")
     assert "error: [Errno 20] Not a directory" in own and traceback not in torchruns, done.stderr
     assert "exitcode  : 2" in torchruns

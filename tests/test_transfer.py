@@ -2,14 +2,11 @@
 that cannot be used is one line. The peers are transformers' Qwen3 and Hugging Face's own tokenizers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, train
 from safetensors.torch import load_file, save_file
 from tiny import save_step, tiny_tokenizers
 from tiny_qwen import PIECES, ROWS, edit, write_qwen
@@ -233,26 +230,21 @@ SHAPE = ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim")
 
 
 def test_the_configuration_takes_its_shape_from_the_folder(tmp_path, folder):
-    train = script()
-    config = train.read_config(smoke(tmp_path, *SHAPE), [f"--model.init={folder}", "--model.max-length=256"])
+    module = script()
+    config = module.read_config(smoke(tmp_path, *SHAPE), [f"--model.init={folder}", "--model.max-length=256"])
     assert config.model.shape == read_shape(folder)[0].model_copy(update={"max_length": 256})
-    planned = train.plan_lines(config, ["--plan.flops=1e12"])
+    planned = module.plan_lines(config, ["--plan.flops=1e12"])
     assert f"{ROWS:,} of {folder}" in planned[0]
     with pytest.raises(UserError, match="model.dim = 64"):
-        train.read_config(smoke(tmp_path), [f"--model.init={folder}"])
+        module.read_config(smoke(tmp_path), [f"--model.init={folder}"])
     with pytest.raises(UserError, match="model.kv_heads = 1"):
-        train.read_config(smoke(tmp_path, *SHAPE), [f"--model.init={folder}", "--model.kv-heads=1"])
+        module.read_config(smoke(tmp_path, *SHAPE), [f"--model.init={folder}", "--model.kv-heads=1"])
     with pytest.raises(UserError, match="there is no folder"):
-        train.read_config(smoke(tmp_path), ["--model.init=nosuch"])
-    assert train.read_config(smoke(tmp_path), []).model.shape.dim == 64
+        module.read_config(smoke(tmp_path), ["--model.init=nosuch"])
+    assert module.read_config(smoke(tmp_path), []).model.shape.dim == 64
     # a resolved configuration says it all, and is read again
-    (tmp_path / "resolved.toml").write_text(train.tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
-    assert train.read_config(tmp_path / "resolved.toml", []) == config
-
-
-def start(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    (tmp_path / "resolved.toml").write_text(module.tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    assert module.read_config(tmp_path / "resolved.toml", []) == config
 
 
 SILENT = [f"--data.demo.{kind}=0" for kind in ("narrated", "heard", "spoken-question", "hear", "say", "say-seen",
@@ -264,7 +256,7 @@ def test_a_whole_run_from_pretrained_weights_and_one_that_adds_sound_to_it(tmp_p
     folder, first, second = tmp_path / "qwen", tmp_path / "first", tmp_path / "second"
     write_qwen(folder, peer)
     arguments = [str(smoke(tmp_path, *SHAPE)), "--data.demo.voices=tones"]
-    done = start(*arguments, f"--folder={first}", f"--model.init={folder}", *SILENT)
+    done = train(*arguments, f"--folder={first}", f"--model.init={folder}", *SILENT)
     assert done.returncode == 0, done.stderr
     one = AnyToAny.load(first)
     assert one.vocab.modalities == ["text", "image"] and one.vocab.text_size == ROWS
@@ -272,18 +264,18 @@ def test_a_whole_run_from_pretrained_weights_and_one_that_adds_sound_to_it(tmp_p
     text = one.generate("What is this?", want="text", max_new_tokens=8)
     assert all(id < PIECES or id == one.vocab.end_of_turn for id in text.ids)
     assert "init" not in json.loads((checkpoint.list_steps(first / "instruct")[0] / "model.json").read_text())["config"]
-    again = start(str(first / "config.toml"))
+    again = train(str(first / "config.toml"))
     assert again.returncode == 0, again.stderr
     edit(folder / "tokenizer.json", lambda data: data.update(version="1.1"))
-    other = start(str(first / "config.toml"))
+    other = train(str(first / "config.toml"))
     assert other.returncode == 2 and "tokenizer.json" in other.stderr and "Traceback" not in other.stderr
 
-    done = start(*arguments, f"--folder={second}", f"--init-from={first}")
+    done = train(*arguments, f"--folder={second}", f"--init-from={first}")
     assert done.returncode == 0, done.stderr
     two = AnyToAny.load(second)
     assert two.vocab.modalities == ["text", "image", "audio"] and one.vocab.is_prefix_of(two.vocab)
     for name in ("text.json", "image.json", "image.safetensors"):
         assert (first / "tokenizers" / name).read_bytes() == (second / "tokenizers" / name).read_bytes(), name
     assert not list((second / "image").glob("step-*")), "its tokenizer is not trained again"
-    itself = start(*arguments, f"--folder={first}", f"--init-from={first}")
+    itself = train(*arguments, f"--folder={first}", f"--init-from={first}")
     assert itself.returncode == 2 and "itself" in itself.stderr, itself.stderr

@@ -78,12 +78,15 @@ def run(folder: Path, loader=None, config=CONFIG, old_rows: int = 0, wandb: str 
     return decoder.state_dict()
 
 
-def on_two_ranks(work, folder: Path) -> None:
-    """work(rank) in two processes, which have what `distributed.init` needs, and `finish` for them."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, work, folder), nprocs=2)
+        return free.getsockname()[1]
+
+
+def on_two_ranks(work, folder: Path) -> None:
+    """work(rank) in two processes, which have what `distributed.init` needs, and `finish` for them."""
+    torch.multiprocessing.spawn(_rank, (free_port(), work, folder), nprocs=2)
     assert {path.name for path in folder.iterdir()} == {"0", "1"}
 
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onevocab.common.errors import UserError
-from onevocab.common.files import hash_json, read_json, sha256_file
+from onevocab.common.files import hash_json, read_json, sha256_file, sync
 from onevocab.training import distributed
 from onevocab.training.faults import Stopped
 
@@ -171,7 +171,7 @@ class Saver:
                     _save_json(aside / name, value)
                 own += [aside / name for name in (*weights, *texts)]
             for path in own:
-                _sync(path)
+                sync(path)
             return {path.relative_to(aside).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
                     for path in own}, None
         except dcp.CheckpointException as error:
@@ -183,11 +183,11 @@ class Saver:
         aside, final = self._aside, self.folder / f"step-{self._step}"
         _save_json(aside / MANIFEST, {"files": files, "sha256": hash_json(files)})
         for path in (aside / MANIFEST, *(folder for folder in aside.iterdir() if folder.is_dir()), aside):
-            _sync(path)
+            sync(path)
         if final.exists():
             os.replace(final, self.folder / f".step-{self._step}.old")
         os.replace(aside, final)
-        _sync(self.folder)
+        sync(self.folder)
         steps = list_steps(self.folder)  # newer ones were damaged, or training would have gone on from them
         for old in steps[: steps.index(final)] + steps[steps.index(final) + self.keep :]:
             os.replace(old, self.folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
@@ -382,14 +382,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _save_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sweep(folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from onevocab.common.files import write_atomic
+from onevocab.common.files import sync, write_atomic
 from onevocab.training import distributed
 
 WANDB_SECONDS = 30  # to begin; then the run goes on without
@@ -105,8 +105,8 @@ class MetricsLog:
     def sync(self) -> None:
         """To the disk, as a checkpoint of the same steps: lines before it do not come again."""
         if self.path is not None and self.path.exists():
-            with suppress(OSError), open(self.path, "rb") as file:
-                os.fsync(file)
+            with suppress(OSError):
+                sync(self.path)
 
     def close(self) -> None:
         """Writes what waits, or says how much is lost, and lets wandb send what it still has."""
