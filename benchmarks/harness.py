@@ -442,8 +442,8 @@ def main(name: str, doc: str, presets: dict[str, Preset]) -> Callable[[list[str]
         elif args.out:
             from benchmarks.plot import publish
 
-            words = sys.argv[1:] if argv is None else argv
-            write_json(args.out, {**result, "command": f"python -m benchmarks.{name} " + " ".join(words)})
+            words = [*measure.allocator(), f"python -m benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)]
+            write_json(args.out, {**result, "command": " ".join(words)})
             print("written: " + ", ".join(str(path) for path in [args.out, *publish(args.out)]))
 
     return command

@@ -33,6 +33,12 @@ def cache_bytes(device: torch.device) -> int:
     return 32 << 20
 
 
+def allocator() -> list[str]:
+    """What glibc's malloc was told before the start, as the words in front of a command: by default it gives freed
+    memory back to the kernel, and a step of a CPU pays for the same pages again."""
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+
+
 def prepare(call: Callable[[int], object], i: int) -> None:
     """What a call needs done before the clock starts: its attribute `before`, if it has one."""
     getattr(call, "before", lambda i: None)(i)

@@ -100,6 +100,7 @@ def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
         lines += [f"{device}:", "", titles, "|---|---|---|---:|---:|---|"]
         commands: dict[str, None] = {}
         for name, result in of_device.items():
+            kept = ", memory kept" if result["command"].startswith("MALLOC_") else ""
             for preset, found in result["presets"].items():
                 if aims and not found["targets"]:
                     continue
@@ -109,7 +110,7 @@ def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
                     others = [other for other in found["rows"] if other["step"] == row["step"]]
                     step = {"both": "forward + backward"}.get(row["step"], row["step"])
                     time, memory = short(row["seconds"] * 1e3), short(row["peak_bytes"] / 2**20)
-                    lines.append(f"| [{result['benchmark']}]({folder}{name}.md), {preset} | {step} | "
+                    lines.append(f"| [{result['benchmark']}]({folder}{name}.md), {preset}{kept} | {step} | "
                                  f"{found['dtype']} | {time} | {memory} | {_speeds(row, others)} |")
                     commands[f"`{result['command']}`, {result['date']}"] = None
         versions = next(iter(of_device.values()))["versions"]

@@ -187,5 +187,6 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # silu is computed again: keeping it would cost as much memory as `up`
         gate, up = ctx.saved_tensors
-        d_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), d_up
+        d_up, d_silu = F.silu(gate).mul_(grad), grad * up
+        # Into the same memory: on a CPU fresh memory costs more than the arithmetic on it.
+        return torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_silu), d_up

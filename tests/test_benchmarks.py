@@ -42,9 +42,10 @@ def test_runs_as_a_command_and_writes_table_and_picture(tmp_path):
     out = tmp_path / "packed.json"
     command = [sys.executable, "-m", "benchmarks.attention", "--preset", "packed", "--tiny", "--device", "cpu",
                "--repetitions", "3", "--out", out]
-    assert "written" in run_command(command)
+    assert "written" in run_command(command, env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "4294967296"})
     result = json.loads(out.read_text())
     assert {"versions", "device", "date", "commit", "command"} <= set(result) and "--preset packed" in result["command"]
+    assert result["command"].startswith("MALLOC_TRIM_THRESHOLD_=4294967296 python -m benchmarks.attention --preset ")
     [preset] = result["presets"].values()
     steps = {row["step"] for row in preset["rows"] if row["provider"] == "ours"}
     assert steps == {"forward", "both", "fresh", "fresh both"}

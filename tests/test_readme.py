@@ -234,6 +234,8 @@ def test_table_of_speeds():
     assert "torch 2.13; `python -m x`, 2025-01-31" in text
     aims = update.speeds({"decode-cpu": file}, "here/", aims=True)
     assert "batch" in aims and "long" not in aims
+    kept = update.speeds({"decode-kept": file | {"command": "MALLOC_TRIM_THRESHOLD_=9 python -m x"}}, "here/")
+    assert "long, memory kept | forward" in kept and "memory kept" not in text
 
 
 def test_table_of_a_report():
