@@ -38,13 +38,13 @@ from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
 from onevocab.data.documents import UNDECODABLE, BadSample, media_endings, turns_of
-from onevocab.data.index import IndexedShard, build_index, index_path, read_indexed
 from onevocab.data.loader import LoaderConfig, PackedLoader
-from onevocab.data.shards import read_shard
-from onevocab.data.store import COLUMNS, LENGTH, LOSS, TEXT_ONLY, ShardDocuments, kept_path, to_bytes
-from onevocab.data.writing import ShardFile
+from onevocab.data.shards.format import read_shard
+from onevocab.data.shards.index import IndexedShard, build_index, index_path, read_indexed
+from onevocab.data.shards.writer import ShardFile
+from onevocab.data.token_cache import COLUMNS, LENGTH, LOSS, TEXT_ONLY, ShardDocuments, kept_path, to_bytes
 from onevocab.tokenizers.media import encode_png, load_image
-from onevocab.tokenizers.vocab import Vocabulary
+from onevocab.tokenizers.vocabulary import Vocabulary
 
 
 def make_shard(path: Path, samples: int, side: int) -> None:

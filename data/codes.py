@@ -26,10 +26,10 @@ from onevocab.data.documents import (
     modality_of_ending,
     turns_of,
 )
-from onevocab.data.index import build_index, read_indexed
-from onevocab.data.remote import default_cache, is_remote, list_sources, local_name, shown
-from onevocab.data.shards import Sample, check_header, codes_to_npy, npy_to_codes, read_header
-from onevocab.data.writing import ShardFile
+from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
+from onevocab.data.shards.index import build_index, read_indexed
+from onevocab.data.shards.remote import default_cache, is_remote, list_sources, local_name, shown
+from onevocab.data.shards.writer import ShardFile
 
 log = logging.getLogger("onevocab.data")
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from onevocab.common.errors import UserError
-from onevocab.data.shards import Sample, npy_to_codes
+from onevocab.data.shards.format import Sample, npy_to_codes
 from onevocab.tokenizers.document import Document, Segment
-from onevocab.tokenizers.vocab import ROLES
+from onevocab.tokenizers.vocabulary import ROLES
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 AUDIO_ENDINGS = ("flac", "wav")

@@ -18,8 +18,8 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
 from onevocab.data.documents import BadSamples
 from onevocab.data.packing import pack
-from onevocab.data.remote import list_sources, shown
-from onevocab.data.store import DROPPABLE, LOSS, DocumentStore
+from onevocab.data.shards.remote import list_sources, shown
+from onevocab.data.token_cache import DROPPABLE, LOSS, DocumentStore
 from onevocab.tokenizers.bundle import Tokenizers
 
 ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, one use each

@@ -13,7 +13,7 @@ import torch
 from onevocab.common.errors import UserError, cli
 from onevocab.common.processes import rank_and_world
 from onevocab.data.codes import check_all, tokenize_in_processes, tokenize_shards
-from onevocab.data.remote import list_sources
+from onevocab.data.shards.remote import list_sources
 from onevocab.tokenizers.bundle import Tokenizers
 
 

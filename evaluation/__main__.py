@@ -17,11 +17,11 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from pydantic import ValidationError
 
     from onevocab.common import provenance
-    from onevocab.data import speech
+    from onevocab.demo import speech, speech_judge
+    from onevocab.demo.picture_judge import PictureJudge
     from onevocab.evaluation import report as pages
-    from onevocab.evaluation import speech_judge, suite
+    from onevocab.evaluation import suite
     from onevocab.evaluation.config import EvaluateConfig
-    from onevocab.evaluation.judges import PictureJudge
     from onevocab.evaluation.tasks import Evaluator
     from onevocab.generation import AnyToAny
 

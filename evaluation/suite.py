@@ -7,10 +7,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
-from onevocab.data import speech, world
+from onevocab.demo import speech, world
+from onevocab.demo.items import evaluation_items, held_out_scene
+from onevocab.demo.picture_judge import to_array
 from onevocab.evaluation import metrics
-from onevocab.evaluation.items import evaluation_items, held_out_scene
-from onevocab.evaluation.judges import to_array
 from onevocab.evaluation.metrics import row
 from onevocab.evaluation.report import Card
 from onevocab.evaluation.tasks import (

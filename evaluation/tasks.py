@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from onevocab.common.errors import UserError
-from onevocab.data import speech, world
-from onevocab.evaluation import metrics, speech_judge
+from onevocab.demo import speech, speech_judge, world
+from onevocab.demo.items import evaluation_items
+from onevocab.demo.picture_judge import TOLERANCE, PictureJudge, Reading, border_colour, to_array
+from onevocab.evaluation import metrics
 from onevocab.evaluation.config import EvaluateConfig
-from onevocab.evaluation.items import evaluation_items
-from onevocab.evaluation.judges import TOLERANCE, PictureJudge, Reading, border_colour, to_array
 from onevocab.evaluation.metrics import NameReader, row
 from onevocab.evaluation.report import Card
 

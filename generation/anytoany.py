@@ -18,7 +18,7 @@ from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment
 from onevocab.tokenizers.grammar import Grammar
 from onevocab.tokenizers.media import load_audio, load_image, modality_of_path
-from onevocab.tokenizers.vocab import ROLES, Vocabulary
+from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
 from onevocab.training.checkpoint import list_steps, load_into, load_weights
 
 STAGES = ("instruct", "pretrain")  # the newest first

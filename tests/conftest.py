@@ -52,14 +52,6 @@ def run_command(command: list, cwd=ROOT, timeout: float = 300, **kwargs) -> str:
     return done.stdout
 
 
-def script():
-    """train.py as a module. The root is on the path for the import alone: its tokenizers/ would hide Hugging Face's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        import train
-    return train
-
-
 def train(*words, launcher=()) -> subprocess.CompletedProcess:
     """train.py in a process of its own, or in several by a launcher, such as torchrun's arguments to Python."""
     return subprocess.run([sys.executable, *launcher, "train.py", *map(str, words)], cwd=ROOT, capture_output=True,
@@ -107,7 +99,7 @@ def raw(tmp_path_factory):
     """A folder of raw shards, 24 samples."""
     from samples import raw_samples
 
-    from onevocab.data.writing import ShardWriter
+    from onevocab.data.shards.writer import ShardWriter
 
     folder = tmp_path_factory.mktemp("raw")
     with ShardWriter(folder, "s", 5) as writer:

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from onevocab.data.shards import Sample, codes_to_npy
-from onevocab.data.writing import ShardWriter
+from onevocab.data.shards.format import Sample, codes_to_npy
+from onevocab.data.shards.writer import ShardWriter
 from onevocab.tokenizers.media import encode_audio, encode_png
 
 TEXTS = ["a red apple", "what is in the picture?", "draw a blue dog", "é 漢字 7", "a"]

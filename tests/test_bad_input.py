@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT
 from PIL import Image
 from tiny import save_step, tiny_run, tiny_tokenizers
 
 from onevocab.common.errors import UserError
 from onevocab.generation import AnyToAny
 
-ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
 sample = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sample)

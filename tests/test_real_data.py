@@ -10,7 +10,7 @@ import real_data
 from conftest import ROOT, run_command
 
 from onevocab.data.loader import LoaderConfig, PackedLoader
-from onevocab.data.shards import list_shards, read_shard
+from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.media import load_audio
 

@@ -11,7 +11,7 @@ from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
-from onevocab.tokenizers.vocab import Vocabulary
+from onevocab.tokenizers.vocabulary import Vocabulary
 from onevocab.training import checkpoint
 
 SMALL = {"width": 8, "fine_width": 8, "encoder_blocks": 0, "decoder_blocks": 0, "fine_blocks": 0}

@@ -14,7 +14,7 @@ from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.document import Document, Encoded, decode_document, encode_document, split_segments
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextTokenizer
-from onevocab.tokenizers.vocab import Vocabulary
+from onevocab.tokenizers.vocabulary import Vocabulary
 
 # A modality is registered here, in the order of the vocabulary; new ones append.
 MEDIA = {"image": (ImageConfig, ImageTokenizer), "audio": (AudioConfig, AudioTokenizer)}

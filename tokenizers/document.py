@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onevocab.tokenizers.vocab import ROLES, Vocabulary
+from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

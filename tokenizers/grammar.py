@@ -8,7 +8,7 @@ be closed inside the budget.
 from collections.abc import Mapping, Sequence
 
 from onevocab.common.errors import UserError
-from onevocab.tokenizers.vocab import Span, Vocabulary
+from onevocab.tokenizers.vocabulary import Span, Vocabulary
 
 Grid = tuple[int, int]
 

@@ -18,7 +18,7 @@ from PIL import Image
 from onevocab.common.errors import UserError
 from onevocab.data.convert.samples import Dropped, Medium, Part
 from onevocab.data.documents import AUDIO_ENDINGS, IMAGE_ENDINGS, UNDECODABLE
-from onevocab.data.shards import MAX_MEMBER
+from onevocab.data.shards.format import MAX_MEMBER
 from onevocab.tokenizers.media import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -186,7 +186,7 @@ def _sound(samples, rate) -> Medium:
 
 def _video(path: Path, name: str, frames: int) -> list[Part]:
     """Subtitles that cannot be read are left out."""
-    from onevocab.data.video import frames_and_sound, read_subtitles, subtitles_beside
+    from onevocab.data.convert.video import frames_and_sound, read_subtitles, subtitles_beside
 
     options, without = {}, None
     try:

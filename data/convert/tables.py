@@ -18,7 +18,7 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert.samples import Dropped, Row
-from onevocab.data.remote import unpacked_zstd
+from onevocab.data.shards.remote import unpacked_zstd
 
 MAX_LINE = 64 << 20  # bytes
 BATCH = 64  # rows of columns in memory at once: a row may hold pictures

@@ -9,7 +9,7 @@ from onevocab.data.convert import tables
 from onevocab.data.convert.media import check
 from onevocab.data.convert.samples import Draft, Dropped, Format, Part, Row, field_of, list_of, pairs, text_of
 from onevocab.data.documents import IMAGE_ENDINGS, modality_of_ending
-from onevocab.data.shards import Sample, read_shard
+from onevocab.data.shards.format import Sample, read_shard
 
 
 def _units(options) -> list[Path]:

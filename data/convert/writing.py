@@ -19,7 +19,7 @@ from onevocab.data.convert.options import options_of
 from onevocab.data.convert.report import Report, claimed, finish
 from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, list_of, members_of, printable
 from onevocab.data.documents import modality_of_ending
-from onevocab.data.writing import ShardWriter
+from onevocab.data.shards.writer import ShardWriter
 
 BLOCK = 50  # neighbouring records that stay together when a file is split into parts
 

@@ -1,0 +1,1 @@
+"""Shards: plain webdataset tars, their indexes, copies of remote ones."""

@@ -1,0 +1,1 @@
+"""A run: its configuration, its stages, what it starts from, and what it will cost."""

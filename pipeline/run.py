@@ -1,0 +1,293 @@
+"""A run: its stages in order, each in a folder of its own."""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tomli_w
+import torch
+from pydantic import BaseModel
+
+from onevocab.common.errors import UserError
+from onevocab.common.files import hash_json, read_json, write_atomic, write_json
+from onevocab.common.provenance import first_difference, provenance
+from onevocab.data.codes import tokenize_in_processes
+from onevocab.data.loader import PackedLoader
+from onevocab.data.mixture import Curriculum, Lesson
+from onevocab.data.shards.remote import is_remote, list_sources
+from onevocab.demo.writer import write_demo
+from onevocab.model.decoder import Decoder
+from onevocab.pipeline.config import LanguageStage, RunConfig
+from onevocab.pipeline.sources import open_source
+from onevocab.pipeline.tokenizer_samples import clips, pictures, texts
+from onevocab.tokenizers.audio import AudioTokenizer
+from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
+from onevocab.tokenizers.image import ImageTokenizer
+from onevocab.tokenizers.text import TextTokenizer
+from onevocab.training import checkpoint, distributed
+from onevocab.training.autoencoder import train_autoencoder
+from onevocab.training.faults import alone
+from onevocab.training.loop import train_language
+from onevocab.training.metrics import MetricsLog, curves, read_metrics
+from onevocab.training.precision import device_flops
+
+# Settings that change how fast a stage runs or what it says, not what it makes.
+INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_rows", "parallel",
+              "recompute", "compile", "background_save"}
+
+
+class Stage(NamedTuple):
+    """name: also the folder's; settings and inputs (names of stages): what the result depends on."""
+
+    name: str
+    settings: dict
+    inputs: tuple[str, ...]
+    work: Callable[[], None]
+
+
+class Run:
+    """A run's folder, its stages, and what each was made of."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.folder = config, Path(config.folder)
+        self.device = distributed.init(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.main = distributed.is_main()
+        shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
+        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
+        self.source, begun = open_source(config.model.init, config.init_from), {}
+        self.kept: list[str] = []  # media whose tokenizers come from there, in the order of its vocabulary
+        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", "image", "audio")}
+        if self.source is not None:
+            if config.init_from and self.folder.resolve() == self.source.folder.resolve():
+                raise UserError(f"init_from is {self.folder} itself; use another --folder")
+            self.kept = list(self.source.vocabulary().spans)
+            found = distributed.together(lambda: self.source.identity() if self.main else None)
+            tokenizers, weights = distributed.broadcast(found)
+            made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
+            begun = {"init": weights}
+        self.stages = [
+            Stage("shards", _settings(config.data), (), self.write_shards),
+            Stage("text", made_of["text"], ("shards",), self.train_text),
+            Stage("image", made_of["image"], ("shards",), self.train_image),
+            Stage("audio", made_of["audio"], ("shards",), self.train_audio),
+            Stage("codes", {}, ("shards", "text", "image", "audio"), self.write_codes),
+            Stage("pretrain", _settings(config.pretrain) | language | begun, ("codes",),
+                  lambda: self.train_stage("pretrain", config.pretrain, None)),
+            Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
+                  lambda: self.train_stage("instruct", config.instruct, "pretrain")),
+        ]
+
+    def train(self) -> None:
+        """Every stage in order; finished ones are skipped, an interrupted one continues.
+
+        Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
+        two models in one folder.
+        """
+        records = distributed.together(self._check)
+        with ExitStack() as held:
+            self.on_main(lambda: held.enter_context(alone(self.folder)))
+            self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
+                                  self.folder.name)
+            held.callback(self.log.close)
+            resolved = self.config.model_dump(mode="json", exclude_none=True)
+            self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
+            for stage in self.stages:
+                folder = self.folder / stage.name
+                if not distributed.broadcast((folder / "done.json").exists()):
+                    self._run(stage, folder, records[stage.name])
+
+    def _check(self) -> dict[str, dict]:
+        """Of each stage: what it is to be made of, and the hash of that."""
+        records: dict[str, dict] = {}
+        for stage in self.stages:
+            made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
+            record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
+            for path in (self.folder / stage.name / "done.json", self.folder / stage.name / "started.json"):
+                if not path.exists():
+                    continue
+                found = read_json(path)
+                if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
+                    raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
+                if found.get("hash") != record["hash"]:
+                    change = first_difference(found.get("made_of", {}), made_of)
+                    later = ", ".join(later.name for later in self.stages[len(records) :])
+                    raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
+                                    f"use another --folder, or remove {path.parent}"
+                                    + (f" and what follows from it ({later})" if later else ""))
+        return records
+
+    def _run(self, stage: Stage, folder: Path, record: dict) -> None:
+        started = folder / "started.json"
+
+        def start() -> float:
+            print(f"--- {stage.name}", file=sys.stderr, flush=True)
+            before = read_json(started)["seconds"] if started.exists() else 0.0
+            write_json(started, record | {"seconds": before})
+            return before
+
+        before, began = self.on_main(start), time.perf_counter()
+        torch.manual_seed(self.config.seed)
+        np.random.seed(self.config.seed)
+        try:
+            stage.work()
+        finally:
+            if self.main:  # of all sittings; one that was killed is not counted
+                seconds = round(before + time.perf_counter() - began, 1)
+                with suppress(OSError):  # what went wrong in the stage is what is to be told
+                    write_json(started, record | {"seconds": seconds})
+
+        def end() -> None:
+            write_json(folder / "done.json", record | {"seconds": seconds, "provenance": provenance()})
+            metrics = self.folder / "metrics.jsonl"
+            if metrics.exists() and (drawn := curves(read_metrics(metrics), stage.name)):
+                write_atomic(folder / "curves.png", drawn)
+
+        distributed.barrier()
+        self.on_main(end)
+
+    def on_main(self, work: Callable):
+        """Work that one rank does while the others wait; when it cannot, all say so. What it returns is there alone."""
+        return distributed.together(lambda: work() if self.main else None)
+
+    # ------------------------------------------------------------------------------------------------ the stages
+
+    @property
+    def raw_shards(self) -> list[str]:
+        return [source for path in self.config.data.shards for source in list_sources(placed(self.folder, path))]
+
+    def write_shards(self) -> None:
+        self.on_main(lambda: self.config.data.demo and write_demo(self.folder / "shards", self.config.data.demo))
+
+    def train_text(self) -> None:
+        def work():
+            if self.source is not None:
+                tokenizer = self.source.text()
+            else:
+                sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
+                tokenizer = TextTokenizer.train(sample, self.config.text)
+            write_json(self.folder / "text" / "text.json", tokenizer.to_json())
+
+        self.on_main(work)
+
+    def keep_tokenizer(self, name: str) -> None:
+        """A medium that the source knows keeps its tokenizer, whatever the configuration says."""
+        self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
+
+    def train_image(self) -> None:
+        if "image" in self.kept:
+            return self.keep_tokenizer("image")
+        tokenizer = ImageTokenizer(self.config.image)
+        pixels = distributed.together(
+            lambda: pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
+
+        def sample(generator: torch.Generator) -> torch.Tensor:
+            chosen = self._choose(len(pixels), self.config.image.batch_size, generator)
+            return tokenizer.prepare(pixels[chosen].to(self.device))
+
+        self._train_autoencoder("image", tokenizer, sample, self.config.image)
+
+    def train_audio(self) -> None:
+        if "audio" in self.kept:
+            return self.keep_tokenizer("audio")
+        tokenizer = AudioTokenizer(self.config.audio)
+        mels = distributed.together(lambda: clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
+        if len(mels):
+            tokenizer.mean.fill_(mels.mean())
+            tokenizer.deviation.fill_(mels.std())
+
+        def sample(generator: torch.Generator) -> torch.Tensor:
+            chosen = self._choose(len(mels), self.config.audio.batch_size, generator)
+            return tokenizer.standardise(mels[chosen].to(self.device))
+
+        if len(mels):
+            self._train_autoencoder("audio", tokenizer, sample, self.config.audio)
+
+    @staticmethod
+    def _choose(count: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+        """This rank's part of a batch that is the same for every number of ranks."""
+        return torch.randint(count, (batch_size,), generator=generator)[distributed.rank() :: distributed.world()]
+
+    def _train_autoencoder(self, name: str, tokenizer, sample, settings) -> None:
+        if settings.batch_size < distributed.world():
+            raise UserError(f"{name}.batch_size = {settings.batch_size} leaves some of the {distributed.world()} ranks "
+                            f"without a part; make it larger, or train up to stage {name} on fewer ranks")
+        tokenizer.to(self.device)
+        train_autoencoder(tokenizer, sample, settings.steps, settings.learning_rate, self.folder / name, self.log, name,
+                          self.config.seed)
+
+    def write_codes(self) -> None:
+        """Gathers the trained tokenizers below `tokenizers/`, then turns all media to codes."""
+        self.on_main(self._gather_tokenizers)
+        self.on_main(lambda: tokenize_in_processes(self.raw_shards, self.folder / "codes", self.folder / "tokenizers",
+                                                   self.config.data.workers))
+
+    def _gather_tokenizers(self) -> None:
+        media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
+        for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
+            steps = checkpoint.list_steps(self.folder / tokenizer.name)
+            if steps and tokenizer.name not in self.kept:
+                try:
+                    weights, _ = checkpoint.load_weights(steps[0])
+                except UserError as error:
+                    raise UserError(f"{error}; remove {self.folder / tokenizer.name / 'done.json'} to train its last "
+                                    "steps again") from None
+                checkpoint.load_into(tokenizer, weights, steps[0])
+                media[tokenizer.name] = tokenizer
+        text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
+        Tokenizers(text, media).save(self.folder / "tokenizers")
+
+    def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
+        steps = distributed.broadcast([path.name for path in checkpoint.list_steps(self.folder / (after or name))])
+        vocabulary, loader, decoder = distributed.together(lambda: self._make_ready(name, settings, after, steps))
+        if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
+            raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
+        info = {"config": self.config.model.shape.model_dump(mode="json"), "vocab_size": vocabulary.size,
+                "vocabulary": vocabulary.hash, "stage": name}
+        train_language(decoder, loader, settings, self.folder / name, info, vocabulary.modalities, self.log, name,
+                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision))
+
+    def _make_ready(self, name: str, settings: LanguageStage, after: str | None, steps: list[str]):
+        """Vocabulary, loader and decoder of a stage; steps: checkpoints of `after`, or of the stage, newest first."""
+        tokenizers = Tokenizers.load(self.folder / "tokenizers")
+
+        def read(sources) -> PackedLoader:
+            sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
+            loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
+                                  self.config.seed, self.folder / "documents",
+                                  max(1, self.config.data.workers // distributed.world()))
+            if self.main:
+                print(f"{name}: {loader.summary()}", file=sys.stderr)
+            return loader
+
+        lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
+        loader = Curriculum(read(settings.sources), lessons)
+        with self.device:  # where it is needed: the ranks of a machine share its memory
+            decoder = Decoder(self.config.model.shape, tokenizers.vocab.size)
+        if after:
+            if not steps:
+                raise UserError(f"{self.folder / after} holds no checkpoint; remove its done.json")
+            newest = self.folder / after / steps[0]
+            checkpoint.load_into(decoder, checkpoint.load_weights(newest)[0], newest)
+        elif self.source is not None and not steps:
+            self.source.load(decoder, tokenizers.vocab)
+        decoder.old_rows = 0 if self.source is None else self.source.rows
+        if settings.new_rows_steps and not 0 < decoder.old_rows < tokenizers.vocab.size:
+            raise UserError(f"{name}: new_rows_steps is for a run that starts from other weights (model.init, "
+                            "init_from) and adds rows to their vocabulary; leave it out")
+        return tokenizers.vocab, loader, decoder
+
+
+def placed(folder: Path, path: str) -> str:
+    """A path of the configuration, which starts from the run's folder; an address stays."""
+    return path if is_remote(path) else str(folder / path)
+
+
+def _settings(model: BaseModel) -> dict:
+    """What the result of a stage depends on."""
+    return model.model_dump(mode="json", exclude=INCIDENTAL)

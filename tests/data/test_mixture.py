@@ -1,0 +1,72 @@
+"""Lessons take the place of a stage's usual data for some steps and cost it nothing."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from samples import mixed_codes, write_codes
+
+from onevocab.common.errors import UserError
+from onevocab.data.loader import LoaderConfig, PackedLoader
+from onevocab.data.mixture import Curriculum, Lesson
+
+CONFIG = LoaderConfig(row_length=128, rows_per_step=2, window=16)
+
+
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory, tokenizers):
+    """Makes fresh loaders: of the usual data, of two lessons."""
+    folders = [write_codes(tmp_path_factory.mktemp(f"codes{n}"), tokenizers, mixed_codes(n)) for n in (40, 12, 9)]
+    return lambda: [PackedLoader(folder, tokenizers, CONFIG, seed=1) for folder in folders]
+
+
+def curriculum(loaders) -> Curriculum:
+    usual, first, second = loaders()
+    return Curriculum(usual, [Lesson(5, 1, second), Lesson(2, 3, first)])
+
+
+def batches(loader, count: int) -> list:
+    return [loader.next_batch() for _ in range(count)]
+
+
+def equal(ours, theirs) -> bool:
+    return all(torch.equal(a.ids, b.ids) and torch.equal(a.weights, b.weights) for a, b in
+               zip(ours, theirs, strict=True))
+
+
+def test_lessons_stand_where_they_should_and_the_usual_data_miss_nothing(loaders):
+    got = batches(curriculum(loaders), 10)
+    usual, first, second = loaders()
+    assert equal(got[2:5], batches(first, 3)) and equal(got[5:6], batches(second, 1))
+    assert equal(got[:2] + got[6:], batches(usual, 6))
+
+
+@pytest.mark.parametrize("start", [1, 3, 5, 8])
+def test_a_resumed_curriculum_goes_on_where_it_was(loaders, start):
+    whole, resumed = curriculum(loaders), curriculum(loaders)
+    batches(whole, start)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    assert equal(batches(resumed, 8), batches(whole, 8))
+
+
+@pytest.mark.parametrize("lessons,reason", [([(4, 1), (2, 3)], "overlap: 3 steps from 2 on, and one from 4 on"),
+                                            ([(2, 3), (18, 3)], "from step 18 on ends after the stage's 20 steps")])
+def test_lessons_that_do_not_fit_are_refused_in_the_configuration(lessons, reason, tmp_path):
+    from train import read_config
+
+    config = tmp_path / "run.toml"
+    config.write_text((ROOT / "configs" / "smoke.toml").read_text() + "".join(
+        f"[[instruct.lessons]]\nstart = {start}\nsteps = {steps}\nsources = [{{ path = 'x' }}]\n"
+        for start, steps in lessons))
+    with pytest.raises(UserError, match=f"instruct: .*{reason}"):
+        read_config(config, [])
+
+
+def test_other_lessons_than_the_checkpoints_are_refused(loaders):
+    usual, first, second = loaders()
+    state = curriculum(loaders).state_dict()
+    with pytest.raises(UserError, match="lessons are not those"):
+        Curriculum(usual, [Lesson(2, 3, first)]).load_state_dict(state)
+    with pytest.raises(UserError, match="not those of the checkpoint"):
+        Curriculum(usual, [Lesson(2, 3, second), Lesson(5, 1, first)]).load_state_dict(state)
