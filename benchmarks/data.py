@@ -42,7 +42,7 @@ from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import read_shard
 from onevocab.data.shards.index import IndexedShard, build_index, index_path, read_indexed
 from onevocab.data.shards.writer import ShardFile
-from onevocab.data.token_cache import COLUMNS, LENGTH, LOSS, TEXT_ONLY, ShardDocuments, kept_path, to_bytes
+from onevocab.data.token_cache import COLUMNS, LENGTH, LOSS, TEXT_ONLY, ShardTokens, cache_path, to_bytes
 from onevocab.tokenizers.media import encode_png, load_image
 from onevocab.tokenizers.vocabulary import Vocabulary
 
@@ -174,7 +174,7 @@ def usable(path: Path) -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------------ the loader
 
 
-def mixed_documents(vocab: Vocabulary, n: int) -> ShardDocuments:
+def mixed_documents(vocab: Vocabulary, n: int) -> ShardTokens:
     """n documents of the lengths of a mixed set, ids at random: texts (log-normal, median 300 tokens, some far longer
     than a row), captioned pictures of 16 x 16 codes, sounds of 2 to 15 s at 62 codes a second with words, conversations
     about one to four pictures."""
@@ -187,7 +187,7 @@ def mixed_documents(vocab: Vocabulary, n: int) -> ShardDocuments:
     about = np.zeros((n, len(COLUMNS)), np.int32)
     about[:, LENGTH], about[:, TEXT_ONLY] = lengths, kind == 0
     tokens = generator.integers(0, vocab.text_size, int(lengths.sum()), dtype=np.int32)
-    return ShardDocuments(tokens, np.full(len(tokens), LOSS, np.uint8), about, [], [len(tokens)])
+    return ShardTokens(tokens, np.full(len(tokens), LOSS, np.uint8), about, [], [len(tokens)])
 
 
 def loader_numbers(folder: Path, samples: int = 1_000_000, shards: int = 10) -> dict:
@@ -199,16 +199,16 @@ def loader_numbers(folder: Path, samples: int = 1_000_000, shards: int = 10) -> 
     for i in range(shards):
         shard = folder / "shards" / f"{i}.tar"
         shard.write_bytes(b"never read: its documents are kept")
-        path, identity = kept_path(shard, tokenizers, folder / "kept")
+        path, identity = cache_path(shard, tokenizers, folder / "kept")
         path.write_bytes(to_bytes(documents, identity))
-    config = LoaderConfig(row_length=2048, rows_per_step=8)
+    config = LoaderConfig(seq_len=2048, global_batch_size=8)
 
     def start() -> PackedLoader:
-        return PackedLoader(folder / "shards", tokenizers, config, keep=folder / "kept")
+        return PackedLoader(folder / "shards", tokenizers, config, cache_folder=folder / "kept")
 
     loader = start()
     batches = [loader.next_batch() for _ in range(64)]
-    useful = sum(int((batch.document >= 0).sum()) for batch in batches) / sum(batch.ids.numel() for batch in batches)
+    useful = sum(int((batch.document_ids >= 0).sum()) for batch in batches) / sum(batch.ids.numel() for batch in batches)
     state = loader.state_dict() | {"window": loader.windows // 2, "row": 3}
     seconds = []
     for _ in range(5):
@@ -217,8 +217,8 @@ def loader_numbers(folder: Path, samples: int = 1_000_000, shards: int = 10) -> 
         again.load_state_dict(state)
         again.next_batch()
         seconds.append(time.perf_counter() - begun)
-    long = documents.about[:, TEXT_ONLY] * documents.about[:, LENGTH] > config.row_length
-    return {"samples": samples, "documents": len(loader._store), "row_length": config.row_length,
+    long = documents.about[:, TEXT_ONLY] * documents.about[:, LENGTH] > config.seq_len
+    return {"samples": samples, "documents": len(loader._store), "seq_len": config.seq_len,
             "useful": round(useful, 4), "left_out": loader.too_long / samples, "texts_in_pieces": float(long.mean()),
             "restart_seconds": round(statistics.median(seconds), 3)}
 

@@ -30,7 +30,6 @@ from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
 from onevocab.kernels.backend import chosen
-from onevocab.training.precision import choose
 
 OURS = "ours"
 SLOW_TO_START = ("FlexAttention", "torch.compile")  # a minute of compiling on a CPU: left out of --tiny

@@ -19,7 +19,7 @@ from benchmarks import train_step
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
-from onevocab.training.precision import choose
+from onevocab.training.precision import select_precision
 
 STEP, OPTIMIZER = "training step", "the optimizer"
 # An operator belongs to the first scope around it that is named here; matmuls and what is not arithmetic to themselves.
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args(argv)
     device, preset = torch.device("cpu"), train_step.PRESETS[args.preset]
-    dtype = args.dtype or choose("auto", device)
+    dtype = args.dtype or select_precision("auto", device)
     shape = preset.shapes["cpu"] | (preset.shapes["tiny"] if args.tiny else {})
     work = preset.build(shape, device, getattr(torch, dtype))
     if args.provider not in work.providers or args.steps < 1:

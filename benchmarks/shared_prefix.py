@@ -30,7 +30,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
     dim, layers, vocabulary = shape["dim"], shape["layers"], shape["vocabulary"]
     # A namespace, because a bare CUDA image has no pydantic.
     config = SimpleNamespace(dim=dim, layers=layers, heads=dim // 32, kv_heads=max(dim // 64, 1), head_dim=32,
-                             mlp_dim=3 * dim, rope_base=1e4, norm_eps=1e-6, tied=True)
+                             mlp_dim=3 * dim, rope_theta=1e4, norm_eps=1e-6, tie_embeddings=True)
     model = Decoder(config, vocabulary).to(device, dtype)
     names = [name for name, _ in model.named_parameters()]
     picture = torch.randint(vocabulary, (prefix,), device=device)

@@ -119,8 +119,8 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
     """make: what makes the batches; of mixed-modal ones there are more providers."""
     # A namespace, because a bare CUDA image has no pydantic.
     config = SimpleNamespace(dim=shape["dim"], layers=shape["layers"], heads=shape["heads"], kv_heads=shape["kv_heads"],
-                             head_dim=shape["head_dim"], mlp_dim=shape["mlp_dim"], rope_base=1e4, norm_eps=1e-6,
-                             tied=True, max_length=shape["length"])
+                             head_dim=shape["head_dim"], mlp_dim=shape["mlp_dim"], rope_theta=1e4, norm_eps=1e-6,
+                             tie_embeddings=True, max_length=shape["length"])
     vocabulary = shape["vocabulary"]
     generator = torch.Generator().manual_seed(0)
     start = Decoder(config, vocabulary)

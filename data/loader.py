@@ -19,32 +19,32 @@ from onevocab.common.files import hash_json
 from onevocab.data.documents import BadSamples
 from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
-from onevocab.data.token_cache import DROPPABLE, LOSS, DocumentStore
+from onevocab.data.token_cache import DROPPABLE, LOSS, TokenCache
 from onevocab.tokenizers.bundle import Tokenizers
 
 ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, one use each
 
 
 class LossWeights(BaseModel):
-    """Weight of a predicted token by its modality; `seen` multiplies those that are context only (not the answer)."""
+    """Weight of a predicted token by its modality; `context_weight` multiplies those that are context, not the answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     text: float = Field(default=1.0, ge=0)
     image: float = Field(default=1.0, ge=0)
     audio: float = Field(default=1.0, ge=0)
-    seen: float = Field(default=0.05, ge=0)
+    context_weight: float = Field(default=0.05, ge=0)
 
 
 class LoaderConfig(BaseModel):
-    """row_length: tokens of a row; rows_per_step: rows of a step over all ranks; window: documents packed together;
-    caption_drop: share of pictures-from-text whose text is dropped, for guidance; text_first: share of pairs with a
-    text that show the text first; max_bad_fraction: more bad samples than this stop the run."""
+    """seq_len: tokens of a row; global_batch_size: rows of a step over all ranks; window: documents packed together;
+    condition_dropout: share of pictures-from-text whose text is dropped, for guidance; text_first: share of pairs
+    with a text that show the text first; max_bad_fraction: more bad samples than this stop the run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    row_length: int = Field(default=512, ge=8)
-    rows_per_step: int = Field(default=16, ge=1)
+    seq_len: int = Field(default=512, ge=8)
+    global_batch_size: int = Field(default=16, ge=1)
     window: int = Field(default=4096, ge=1)
-    caption_drop: float = Field(default=0.1, ge=0, le=1)
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
     text_first: float = Field(default=0.5, ge=0, le=1)
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     loss: LossWeights = LossWeights()
@@ -64,17 +64,17 @@ class Source(BaseModel):
 class Batch:
     """B rows of S tokens; position t predicts token t + 1.
 
-    ids, targets, positions: int64 (B, S), positions restart at 0 in every document; weights: float32 (B, S), 0 where
-    nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index into
-    the vocabulary's modalities; document: int32 (B, S), a document's number in its row, -1 for padding.
+    ids, targets, positions: int64 (B, S), positions restart at 0 in every document; loss_weights: float32 (B, S), 0
+    where nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index into
+    the vocabulary's modalities; document_ids: int32 (B, S), a document's number in its row, -1 for padding.
     """
 
     ids: torch.Tensor
     targets: torch.Tensor
-    weights: torch.Tensor
+    loss_weights: torch.Tensor
     modality: torch.Tensor
     positions: torch.Tensor
-    document: torch.Tensor
+    document_ids: torch.Tensor
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
         return Batch(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
@@ -98,7 +98,7 @@ class PackedLoader:
     """Yields `Batch` for ever, epoch after epoch; `state_dict()` says what was consumed.
 
     sources: one or several of `Source`, or paths; each a folder, glob or shard of codes, or of raw media, which are
-    encoded here (slowly). keep: a folder for encoded documents, which are then read from there (see data/store.py);
+    encoded here (slowly). cache_folder: for encoded documents, which are then read from there (data/token_cache.py);
     without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet
     (0 and 1: this one). Plain texts longer than a row are cut into several documents, other documents never. Raises
     UserError when there are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide
@@ -106,30 +106,30 @@ class PackedLoader:
     """
 
     def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
-                 world: int = 1, seed: int = 0, keep: Path | None = None, workers: int = 1):
+                 world: int = 1, seed: int = 0, cache_folder: Path | None = None, workers: int = 1):
         self.config = config = config or LoaderConfig()
         self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
-        if config.rows_per_step % world:
-            raise UserError(f"rows_per_step = {config.rows_per_step} does not divide over {world} ranks; "
+        if config.global_batch_size % world:
+            raise UserError(f"global_batch_size = {config.global_batch_size} does not divide over {world} ranks; "
                             "choose a multiple")
         sources = [sources] if isinstance(sources, str | Path | Source) else list(sources)
         self.sources = [s if isinstance(s, Source) else Source(path=str(s)) for s in sources]
         self.bad = BadSamples(config.max_bad_fraction)
         shards = [list_sources(source.path) for source in self.sources]
-        self._store = DocumentStore(tokenizers, keep)
-        self._store.prepare(list(itertools.chain(*shards)), workers, rank)
+        self._cache = TokenCache(tokenizers, cache_folder)
+        self._cache.prepare(list(itertools.chain(*shards)), workers, rank)
         for shard in itertools.chain(*shards):
-            self._store.add(shard, self.bad)
+            self._cache.add(shard, self.bad)
         self.bad.finish()
-        per_shard = self._store.freeze(config.row_length)
+        per_shard = self._cache.freeze(config.seq_len)
         self._counts = [int(part.sum()) for part in np.split(per_shard, np.cumsum([len(s) for s in shards])[:-1])]
         self._count_positions()
         names = self.vocab.modalities
         self._modality_of = self.vocab.modality_of(np.arange(self.vocab.size))
         self._weight_of = np.array([getattr(config.loss, name, 1.0) for name in names], np.float32)[self._modality_of]
         self.fingerprint = hash_json([
-            seed, config.row_length, config.window, config.caption_drop, config.text_first, self._slots,
-            self._store.crcs])
+            seed, config.seq_len, config.window, config.condition_dropout, config.text_first, self._slots,
+            self._cache.crcs])
         self._epoch, self._window, self._row = 0, 0, 0
         self._plan: tuple | None = None
         self._cached: tuple | None = None
@@ -146,22 +146,22 @@ class PackedLoader:
         self._slots = [max(1, round(total * w / sum(weights) if w else n * source.repeat))
                        for n, w, source in zip(self._counts, weights, self.sources, strict=True)]
         self.epoch_length = sum(self._slots)
-        usable = (self._store.length > 0) & (self._store.length <= self.config.row_length)
-        self.too_long = int((self._store.length > self.config.row_length).sum())
+        usable = (self._cache.length > 0) & (self._cache.length <= self.config.seq_len)
+        self.too_long = int((self._cache.length > self.config.seq_len).sum())
         if not usable.any():
-            raise UserError(f"no document fits a row of {self.config.row_length} tokens; make row_length larger")
+            raise UserError(f"no document fits a row of {self.config.seq_len} tokens; make seq_len larger")
 
     def summary(self) -> dict:
         """Counts for a log: samples, bad, documents too long for a row (dropped), tokens per modality."""
-        return {"samples": self._store.samples, "bad": self.bad.bad, "too_long": self.too_long,
-                "pairs": int((self._store.split > 0).sum()), "epoch_length": self.epoch_length,
-                "tokens": dict(zip(self.vocab.modalities, self._store.modality_counts.tolist(), strict=True))}
+        return {"samples": self._cache.samples, "bad": self.bad.bad, "too_long": self.too_long,
+                "pairs": int((self._cache.split > 0).sum()), "epoch_length": self.epoch_length,
+                "tokens": dict(zip(self.vocab.modalities, self._cache.modality_counts.tolist(), strict=True))}
 
     def per_source(self) -> list[tuple[str, int, int, float]]:
         """(path, documents, tokens, how often an epoch shows each) of each source."""
         found, first = [], 0
         for source, n, slots in zip(self.sources, self._counts, self._slots, strict=True):
-            found.append((source.path, n, int(self._store.length[first : first + n].sum()), slots / n))
+            found.append((source.path, n, int(self._cache.length[first : first + n].sum()), slots / n))
             first += n
         return found
 
@@ -180,12 +180,12 @@ class PackedLoader:
             documents.append(first + np.concatenate([np.tile(np.arange(n), slots // n), np.sort(extras)]))
             first += n
         documents = np.concatenate(documents)
-        store, n = self._store, len(documents)
+        store, n = self._cache, len(documents)
         # Steps of the golden ratio: over the epochs a pair's two orders come as evenly as the share allows.
         coin = (_uniform(_raw(n, self.seed, SWAPS)) + epoch * 0.6180339887498949) % 1.0
         text_first = coin < np.where(store.has_text[documents], self.config.text_first, 0.5)
         swapped = (store.split[documents] > 0) & (text_first == store.text_second[documents])
-        dropped = _uniform(_raw(n, self.seed, CAPTIONS, epoch)) < self.config.caption_drop
+        dropped = _uniform(_raw(n, self.seed, CAPTIONS, epoch)) < self.config.condition_dropout
         text_leads = store.text_second[documents] == swapped  # of a pair: only then the picture is drawn from it
         dropped &= (store.drop[documents] > 0) & ((store.split[documents] == 0) | text_leads)
         order = _permutation(n, self.seed, ORDER, epoch)
@@ -201,8 +201,8 @@ class PackedLoader:
         if self._cached is None or self._cached[0] != (epoch, window):
             here = slice(window * self.config.window, (window + 1) * self.config.window)
             documents, swapped, dropped = (values[here] for values in self.plan(epoch))
-            lengths = self._store.length[documents] - np.where(dropped, self._store.drop[documents], 0)
-            packed = pack(lengths, self.config.row_length).rows
+            lengths = self._cache.length[documents] - np.where(dropped, self._cache.drop[documents], 0)
+            packed = pack(lengths, self.config.seq_len).rows
             entries = list(zip(documents.tolist(), swapped.tolist(), dropped.tolist(), strict=True))
             order = _permutation(len(packed), self.seed, ROWS, epoch, window)
             self._cached = (epoch, window), [[entries[i] for i in packed[row]] for row in order]
@@ -211,9 +211,9 @@ class PackedLoader:
     def _next_rows(self) -> list[list[tuple[int, bool, bool]]]:
         """The rows of the next step, over all ranks; moves the state on."""
         rows: list = []
-        while len(rows) < self.config.rows_per_step:
+        while len(rows) < self.config.global_batch_size:
             here = self.rows(self._epoch, self._window)
-            taken = here[self._row : self._row + self.config.rows_per_step - len(rows)]
+            taken = here[self._row : self._row + self.config.global_batch_size - len(rows)]
             rows += taken
             self._row += len(taken)
             if self._row >= len(here):
@@ -237,7 +237,7 @@ class PackedLoader:
 
     def tokens_of(self, document: int, swapped: bool, dropped: bool) -> tuple[np.ndarray, np.ndarray]:
         """A document as it is shown: ids int32 (n,), and whether predicting each counts, bool (n,)."""
-        store = self._store
+        store = self._cache
         (ids, flags), split = store[document], store.split[document]
         if split and (swapped or dropped):
             first, second = (ids[split:-1], ids[1:split]) if swapped else (ids[1:split], ids[split:-1])
@@ -253,13 +253,14 @@ class PackedLoader:
 
     def next_batch(self) -> Batch:
         """This rank's rows of the next step."""
-        rows, share = self._next_rows(), self.config.rows_per_step // self.world
+        rows, share = self._next_rows(), self.config.global_batch_size // self.world
         rows = rows[self.rank * share : (self.rank + 1) * share]
-        shape = (share, self.config.row_length)
+        shape = (share, self.config.seq_len)
         ids = np.full(shape, self.vocab.pad, np.int64)
         targets = np.full(shape, self.vocab.pad, np.int64)
         weights, positions = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
         document = np.full(shape, -1, np.int32)
+        context_weight = np.float32(self.config.loss.context_weight)
         for r, row in enumerate(rows):
             start = 0
             for number, entry in enumerate(row):
@@ -267,12 +268,12 @@ class PackedLoader:
                 stop = start + len(tokens)
                 ids[r, start:stop] = tokens
                 targets[r, start : stop - 1] = tokens[1:]
-                weights[r, start : stop - 1] = np.where(loss[1:], np.float32(1), np.float32(self.config.loss.seen))
+                weights[r, start : stop - 1] = np.where(loss[1:], np.float32(1), context_weight)
                 positions[r, start:stop] = np.arange(stop - start)
                 document[r, start:stop] = number
                 start = stop
         if ids.min() < 0 or ids.max() >= self.vocab.size:  # files of a stranger, or a disk that fails
-            raise UserError("the kept documents are damaged: remove the run's folder documents/ and start again")
+            raise UserError("the kept documents are damaged: remove the run's folder token_cache/ and start again")
         weights *= self._weight_of[targets]
         arrays = (ids, targets, weights, self._modality_of[targets], positions, document)
         return Batch(*map(torch.from_numpy, arrays))

@@ -18,14 +18,14 @@ class Packing(NamedTuple):
     dropped: list[int]
 
 
-def pack(lengths, row_length: int) -> Packing:
+def pack(lengths, seq_len: int) -> Packing:
     """Deterministic. lengths: tokens of each document; a length of 0 is an empty place and is passed over."""
     lengths = np.asarray(lengths, np.int64)
-    dropped = np.flatnonzero(lengths > row_length).tolist()
+    dropped = np.flatnonzero(lengths > seq_len).tolist()
     order = np.argsort(-lengths, kind="stable")
-    order = order[(lengths[order] > 0) & (lengths[order] <= row_length)]
+    order = order[(lengths[order] > 0) & (lengths[order] <= seq_len)]
     rows: list[list[int]] = []
-    room: list[list[int]] = [[] for _ in range(row_length + 1)]  # rooms -> rows with exactly so many tokens left
+    room: list[list[int]] = [[] for _ in range(seq_len + 1)]  # rooms -> rows with exactly so many tokens left
     rooms: list[int] = []  # sorted: which entries of `room` are not empty
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         at = bisect_left(rooms, length)
@@ -35,7 +35,7 @@ def pack(lengths, row_length: int) -> Packing:
             if not room[left]:
                 del rooms[at]
         else:
-            left, row = row_length, len(rows)
+            left, row = seq_len, len(rows)
             rows.append([])
         rows[row].append(document)
         left -= length

@@ -36,7 +36,7 @@ log = logging.getLogger("onevocab.data")
 
 
 @dataclass
-class ShardDocuments:
+class ShardTokens:
     """One shard's n documents of t tokens in all.
 
     tokens: int32 (t,); flags: uint8 (t,), LOSS where predicting the token counts, DROPPABLE where guidance may take it
@@ -94,17 +94,17 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
             raise UserError("it is empty")
     except (UserError, KeyError) as error:
         raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
-    flags = encoded.loss * np.uint8(LOSS)
+    flags = encoded.loss_mask * np.uint8(LOSS)
     if pair or document.is_conversation:
         flags |= droppable(encoded.ids, tokenizers.vocab, pair) * np.uint8(DROPPABLE)
-    split = int(np.argmax(encoded.loss)) if pair else 0
+    split = int(np.argmax(encoded.loss_mask)) if pair else 0
     drop = int(np.count_nonzero(flags & DROPPABLE))
     text_only = not document.is_conversation and parts == ["text"]
     about = (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop, text_only)
     return encoded.ids, flags, about
 
 
-def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
+def encode_shard(shard, tokenizers: Tokenizers) -> ShardTokens:
     """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
     cannot be read, and for damaged codes: they can be made again."""
     path = default_cache().fetch(shard)
@@ -127,20 +127,20 @@ def encode_shard(shard, tokenizers: Tokenizers) -> ShardDocuments:
     joined, vocab = np.concatenate(tokens), tokenizers.vocab
     table = np.array(about, np.int32).reshape(-1, len(COLUMNS))
     counts = np.bincount(vocab.modality_of(joined), minlength=len(vocab.modalities)).tolist()
-    return ShardDocuments(joined, np.concatenate(flags), table, bad, counts, doubtful)
+    return ShardTokens(joined, np.concatenate(flags), table, bad, counts, doubtful)
 
 
 # ------------------------------------------------------------------------------------------------ kept files
 
 
-def to_bytes(documents: ShardDocuments, identity: str) -> bytes:
+def to_bytes(documents: ShardTokens, identity: str) -> bytes:
     """What is kept: a safetensors file."""
     arrays = {"tokens": documents.tokens, "flags": documents.flags, "about": documents.about}
     said = {"bad": documents.bad, "crc": documents.crc, "modality_counts": documents.modality_counts}
     return save(arrays, {"identity": identity, "said": json.dumps(said)})
 
 
-class _Kept:
+class _CachedShard:
     """A kept file, mapped: `tokens[a:b]` and `flags[a:b]` read just that."""
 
     def __init__(self, path: Path, identity: str):
@@ -164,7 +164,7 @@ class _Kept:
             raise ValueError("its list of bad samples is broken")
 
 
-def kept_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
+def cache_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
     """Where a shard's documents are kept, and which documents these are. Raises UserError when there is no shard."""
     identity = [VERSION, tokenizers.hash, str(shard)]
     if not is_remote(shard):  # what an address holds is taken not to change
@@ -178,14 +178,14 @@ def kept_path(shard, tokenizers: Tokenizers, folder: Path) -> tuple[Path, str]:
     return folder / f"{Path(local_name(shard)).stem}-{digest}.safetensors", identity
 
 
-def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocuments":
+def _cached(shard, tokenizers: Tokenizers, folder: Path) -> "_CachedShard | ShardTokens":
     """A shard's documents out of `folder`, made and kept there first unless they are. Where they cannot be kept, that
     is logged and they stay in memory."""
-    path, identity = kept_path(shard, tokenizers, folder)
+    path, identity = cache_path(shard, tokenizers, folder)
 
-    def load() -> _Kept | None:
+    def load() -> _CachedShard | None:
         try:
-            return _Kept(path, identity)
+            return _CachedShard(path, identity)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError):  # none, or damaged: made again
             return None
 
@@ -208,22 +208,22 @@ def _kept(shard, tokenizers: Tokenizers, folder: Path) -> "_Kept | ShardDocument
     return load() or found
 
 
-def _keep(shards: list[str], tokenizers_folder: str, folder: Path) -> None:
+def _fill_cache(shards: list[str], tokenizers_folder: str, folder: Path) -> None:
     tokenizers = Tokenizers.load(tokenizers_folder)
     for shard in shards:
-        _kept(shard, tokenizers, folder)
+        _cached(shard, tokenizers, folder)
 
 
-class DocumentStore:
+class TokenCache:
     """The documents of many shards as one sequence of n. After `freeze`, each (n,): length, drop, split (int64) and
-    text_second, has_text (bool), as in ShardDocuments.
+    text_second, has_text (bool), as in ShardTokens.
 
     folder: where encoded shards are kept and mapped from; None: in memory, 5 bytes a token.
     """
 
     def __init__(self, tokenizers: Tokenizers, folder: Path | None = None):
         self.tokenizers, self.folder = tokenizers, folder and Path(folder)
-        self._shards: list[_Kept | ShardDocuments] = []
+        self._shards: list[_CachedShard | ShardTokens] = []
 
     def prepare(self, shards: list[str], workers: int, rank: int = 0) -> None:
         """Encodes what is not kept yet by `workers` processes; ranks that do so at the same time share the work."""
@@ -233,22 +233,22 @@ class DocumentStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.folder, os.W_OK):
             return  # nothing can be kept; `add` says so
-        missing = [shard for shard in shards if not kept_path(shard, self.tokenizers, self.folder)[0].exists()]
+        missing = [shard for shard in shards if not cache_path(shard, self.tokenizers, self.folder)[0].exists()]
         shift = rank * 7919 % max(len(missing), 1)  # so that ranks begin at different shards
         missing = missing[shift:] + missing[:shift]
         if workers > 1 and len(missing) > 1:
             arguments = [(missing[i::workers], str(self.tokenizers.folder), self.folder)
                          for i in range(min(workers, len(missing)))]
-            run_processes(_keep, arguments, "a process that encoded documents died; start again: what is done is kept")
+            run_processes(_fill_cache, arguments, "a process that encoded documents died; start again: what is done is kept")
         else:
             for shard in missing:
-                _kept(shard, self.tokenizers, self.folder)
+                _cached(shard, self.tokenizers, self.folder)
 
     def add(self, shard, bad: BadSamples) -> int:
         """Adds a shard's documents; returns how many samples it has. Raises UserError when it cannot be read, holds
         codes of other tokenizers, or when too many samples are bad."""
         if self.folder:
-            documents = _kept(shard, self.tokenizers, self.folder)
+            documents = _cached(shard, self.tokenizers, self.folder)
         else:
             documents = encode_shard(shard, self.tokenizers)
         bad.good(len(documents.about) - len(documents.bad))

@@ -1,5 +1,5 @@
 """Writes the demo world as plain webdataset shards: `pretrain-*` (pairs), `instruct-*` (conversations) and
-`lesson-*` (conversations of one kind, for [[instruct.lessons]]).
+`phase-*` (conversations of one kind, for [[instruct.phases]]).
 
 Two fresh processes write their own shards in a fixed order, so the bytes do not depend on how many cores there are
 (eSpeak carries state from one utterance to the next).
@@ -45,7 +45,7 @@ class DemoConfig(BaseModel):
     say_seen: int = Field(default=2_000, ge=0)
     draw_heard: int = Field(default=3_000, ge=0)
     look_up: int = Field(default=0, ge=0)
-    # lessons
+    # phases
     look_up_few: int = Field(default=0, ge=0)
     clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
 
@@ -136,7 +136,7 @@ PICTURES: list[tuple[str, str, Maker, bool]] = [
     ("instruct", "about_picture", tasks.about_picture, True),
     ("instruct", "draw", tasks.draw, True),
     ("instruct", "edit", tasks.edit, True),
-    ("lesson", "look_up_few", tasks.look_up_few, True),
+    ("phase", "look_up_few", tasks.look_up_few, True),
     ("instruct", "look_up", tasks.look_up, True),
 ]
 SOUNDS: list[tuple[str, str, Maker, bool]] = [

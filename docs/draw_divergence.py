@@ -48,7 +48,7 @@ def case(run: Path, matrix_lr: float, other_lr: float, z_loss: float, qk_norm: b
     """The log's lines."""
     tokenizers = Tokenizers.load(run / "tokenizers")
     loader = PackedLoader([Source(path=str(run / "codes" / "pretrain-*.tar"))], tokenizers,
-                          LoaderConfig(row_length=LENGTH, rows_per_step=ROWS))
+                          LoaderConfig(seq_len=LENGTH, global_batch_size=ROWS))
     config = TrainConfig.model_validate({
         "steps": STEPS, "log_every": 5, "z_loss": z_loss, "max_bad_steps": STEPS, "precision": "float32",
         "schedule": {"kind": "constant"}, "optimizer": {"matrix_lr": matrix_lr, "other_lr": other_lr}})

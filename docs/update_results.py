@@ -132,7 +132,7 @@ def readers(result: dict) -> str:
               for kind, ways in result["results"].items() for name, found in ways.items()]
     lines += ["", f"- {damaged['bad']} bad samples among {damaged['samples']:,}, all noticed: "
               f"{damaged['more_time']:+.1%} time.",
-              f"- Rows of {loader['row_length']:,} tokens out of {loader['samples']:,} samples of a mixed set (texts, "
+              f"- Rows of {loader['seq_len']:,} tokens out of {loader['samples']:,} samples of a mixed set (texts, "
               f"captioned pictures, sounds, conversations): {loader['useful']:.2%} of the tokens are useful, "
               f"{loader['left_out']:.2%} of the samples are left out, {loader['texts_in_pieces']:.2%} are texts in "
               "several pieces.",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onevocab.generation.sampling import Sampling, choose, row_noise
+from onevocab.generation.sampling import Sampling, row_noise, sample_ids
 from onevocab.kernels.attention import IntervalMask
 from onevocab.model.cache import KVCache
 from onevocab.tokenizers.grammar import Grammar
@@ -95,7 +95,7 @@ class _Batch:
             groups.append((where, legal, ids, guided))
         return groups
 
-    def choose(self, hidden: Tensor, groups) -> Tensor:
+    def sample_ids(self, hidden: Tensor, groups) -> Tensor:
         """Hidden states (rows or twice as many, dim) -> the next id of every row, int64 (rows,)."""
         count = len(self.requests)
         noise = self.noise.gather(1, self.taken[:, None])[:, 0]
@@ -107,7 +107,7 @@ class _Batch:
             if guided:
                 without = self._logits(hidden[count:][rows], legal)
                 logits = without + self.sampling.guidance * (logits - without)
-            places = choose(logits, noise[rows], self.sampling)
+            places = sample_ids(logits, noise[rows], self.sampling)
             chosen[rows] = places + legal[0].start if ids is None else ids[places]
         return chosen
 

@@ -74,7 +74,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
-def choose(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
+def sample_ids(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
     """Places (rows,) in logits (rows, n): the greatest at temperature 0, else the distribution inverted
     at `noise`.
 

@@ -14,9 +14,9 @@ class ModelConfig(BaseModel):
     kv_heads: int = Field(2, gt=0, description="key and value heads; a divisor of heads")
     head_dim: int = Field(32, gt=0, description="width of one head; heads * head_dim need not be dim")
     mlp_dim: int = Field(384, gt=0)
-    rope_base: float = Field(1e4, gt=1)
+    rope_theta: float = Field(1e4, gt=1)
     norm_eps: float = Field(1e-6, gt=0)
-    tied: bool = Field(True, description="one matrix is both the embedding and the head")
+    tie_embeddings: bool = Field(True, description="one matrix is both the embedding and the head")
     max_length: int = Field(1024, gt=0, description="longest sequence, in tokens")
 
     @model_validator(mode="after")

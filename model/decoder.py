@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.dim, vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
         self.initialise()
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         """cos and sin (B, S, D/2) of positions (B, S); the angles are computed in float32 or better."""
         dtype = torch.promote_types(self.norm.weight.dtype, torch.float32)
         half = torch.arange(0, self.config.head_dim, 2, device=positions.device, dtype=torch.float32)
-        frequency = 1.0 / self.config.rope_base ** (half / self.config.head_dim)
+        frequency = 1.0 / self.config.rope_theta ** (half / self.config.head_dim)
         angle = (positions[..., None].float() * frequency).to(dtype)
         return angle.cos().to(self.norm.weight.dtype), angle.sin().to(self.norm.weight.dtype)
 
@@ -176,10 +176,10 @@ def qwen3_config(config: ModelConfig, vocab_size: int) -> dict:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "intermediate_size": config.mlp_dim,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-        "rope_theta": config.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_length,
         "hidden_act": "silu",
         "attention_bias": False,

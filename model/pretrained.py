@@ -21,8 +21,8 @@ from onevocab.model.decoder import Decoder
 # Ours -> theirs, and what transformers assumes where a file does not say.
 KEYS = {"dim": ("hidden_size", None), "layers": ("num_hidden_layers", None), "heads": ("num_attention_heads", None),
         "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", 128),
-        "mlp_dim": ("intermediate_size", None), "rope_base": ("rope_theta", 1e4), "norm_eps": ("rms_norm_eps", 1e-6),
-        "tied": ("tie_word_embeddings", False), "max_length": ("max_position_embeddings", 32_768)}
+        "mlp_dim": ("intermediate_size", None), "rope_theta": ("rope_theta", 1e4), "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_embeddings": ("tie_word_embeddings", False), "max_length": ("max_position_embeddings", 32_768)}
 LARGEST_VOCABULARY = 2**24
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -57,7 +57,7 @@ def read_shape(folder) -> tuple[ModelConfig, int]:
     data = data | {key: value for key, value in rope.items() if key == "rope_theta"}
     values = {ours: data.get(theirs, usual) for ours, (theirs, usual) in KEYS.items()}
     for ours, value in values.items():
-        wanted = bool if ours == "tied" else int | float if ours in ("rope_base", "norm_eps") else int
+        wanted = bool if ours == "tie_embeddings" else int | float if ours in ("rope_theta", "norm_eps") else int
         limit = 2**20 if wanted is int and ours != "max_length" else 1e12
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool) or not value < limit:
             raise UserError(f"{path}: {KEYS[ours][0]} is {str(value)[:60]}")
@@ -151,7 +151,7 @@ def _theirs(name: str) -> str:
 def _opened(folder) -> Iterator[tuple[Path, list[str], object]]:
     """(path, our names of its tensors, open file) of each file. A tied head that is saved a second time, and the
     constants of rotary positions, are left out. Raises UserError."""
-    tied = read_shape(folder)[0].tied
+    tied = read_shape(folder)[0].tie_embeddings
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:

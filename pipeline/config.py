@@ -30,7 +30,7 @@ class DataConfig(BaseModel):
     workers: int = Field(default=2, ge=1, description="processes that turn media to codes")
 
 
-class LessonConfig(BaseModel):
+class PhaseConfig(BaseModel):
     """Steps start .. start + steps - 1 of a stage read these sources instead of the usual ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,37 +40,37 @@ class LessonConfig(BaseModel):
 
 
 class StageData(BaseModel):
-    """What a language stage reads: code shards below the run folder's `codes/`, how they become rows, and lessons that
+    """What a language stage reads: code shards below the run folder's `codes/`, how they become rows, and phases that
     interrupt them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sources: tuple[Source, ...]
     loader: LoaderConfig = LoaderConfig()
-    lessons: tuple[LessonConfig, ...] = ()
+    phases: tuple[PhaseConfig, ...] = ()
 
     @model_validator(mode="after")
     def _apart(self):
-        lessons = sorted(self.lessons, key=lambda lesson: lesson.start)
-        for one, two in zip(lessons, lessons[1:], strict=False):
+        phases = sorted(self.phases, key=lambda phase: phase.start)
+        for one, two in zip(phases, phases[1:], strict=False):
             if one.start + one.steps > two.start:
-                raise ValueError(f"lessons overlap: {one.steps} steps from {one.start} on, and one from {two.start} on")
+                raise ValueError(f"phases overlap: {one.steps} steps from {one.start} on, and one from {two.start} on")
         return self
 
 
 class LanguageStage(TrainConfig, StageData):
     """[pretrain] and [instruct]: the same loop with other data. batch_tokens: of a step over all ranks, padding
-    included, in place of `loader.rows_per_step` (0: that holds)."""
+    included, in place of `loader.global_batch_size` (0: that holds)."""
 
     batch_tokens: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _within(self):
-        late = [lesson.start for lesson in self.lessons if lesson.start + lesson.steps > self.steps]
+        late = [phase.start for phase in self.phases if phase.start + phase.steps > self.steps]
         if late:
-            raise ValueError(f"the lesson from step {late[0]} on ends after the stage's {self.steps} steps")
-        if self.batch_tokens % self.loader.row_length:
-            raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of loader.row_length "
-                             f"({self.loader.row_length})")
+            raise ValueError(f"the phase from step {late[0]} on ends after the stage's {self.steps} steps")
+        if self.batch_tokens % self.loader.seq_len:
+            raise ValueError(f"batch_tokens ({self.batch_tokens}) is not a multiple of loader.seq_len "
+                             f"({self.loader.seq_len})")
         return self
 
     @property
@@ -78,7 +78,7 @@ class LanguageStage(TrainConfig, StageData):
         """`loader`, with as many rows a step as `batch_tokens` are."""
         if not self.batch_tokens:
             return self.loader
-        return self.loader.model_copy(update={"rows_per_step": self.batch_tokens // self.loader.row_length})
+        return self.loader.model_copy(update={"global_batch_size": self.batch_tokens // self.loader.seq_len})
 
 
 class RunConfig(BaseModel):

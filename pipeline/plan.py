@@ -49,7 +49,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
              f"({said})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
-        found += stage_lines(name, stage, stage.rows.rows_per_step, stage.rows.row_length, model,
+        found += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
                              lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
         if checkpoint.list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
             found += _source_lines(config, stage)
@@ -61,9 +61,9 @@ def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
     run = Path(config.folder)
     sources = [source.model_copy(update={"path": placed(run, source.path)}) for source in stage.sources]
     loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.rows, seed=config.seed,
-                          keep=run / "documents", workers=config.data.workers)
+                          cache_folder=run / "token_cache", workers=config.data.workers)
     shown = loader.per_source()
-    tokens = stage.steps * stage.rows.rows_per_step * stage.rows.row_length
+    tokens = stage.steps * stage.rows.global_batch_size * stage.rows.seq_len
     epochs = tokens / sum(held * times for _, _, held, times in shown)
     return [f"  data      {os.path.relpath(path, run)}: {documents:,} documents of {si(held)} tokens, each "
             f"{epochs * times:.3g} times" for path, documents, held, times in shown]

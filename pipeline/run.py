@@ -17,7 +17,7 @@ from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import tokenize_in_processes
 from onevocab.data.loader import PackedLoader
-from onevocab.data.mixture import Curriculum, Lesson
+from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
 from onevocab.demo.writer import write_demo
 from onevocab.model.decoder import Decoder
@@ -30,14 +30,13 @@ from onevocab.tokenizers.image import ImageTokenizer
 from onevocab.tokenizers.text import TextTokenizer
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
-from onevocab.training.faults import alone
 from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.precision import device_flops
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
-INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_rows", "parallel",
-              "recompute", "compile", "background_save"}
+INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_batch_size", "parallel",
+              "activation_checkpointing", "compile", "background_save"}
 
 
 class Stage(NamedTuple):
@@ -67,7 +66,7 @@ class Run:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
             self.kept = list(self.source.vocabulary().spans)
-            found = distributed.together(lambda: self.source.identity() if self.main else None)
+            found = distributed.all_or_raise(lambda: self.source.identity() if self.main else None)
             tokenizers, weights = distributed.broadcast(found)
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
@@ -89,9 +88,9 @@ class Run:
         Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
         two models in one folder.
         """
-        records = distributed.together(self._check)
+        records = distributed.all_or_raise(self._check)
         with ExitStack() as held:
-            self.on_main(lambda: held.enter_context(alone(self.folder)))
+            self.on_main(lambda: held.enter_context(run_lock(self.folder)))
             self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
                                   self.folder.name)
             held.callback(self.log.close)
@@ -153,7 +152,7 @@ class Run:
 
     def on_main(self, work: Callable):
         """Work that one rank does while the others wait; when it cannot, all say so. What it returns is there alone."""
-        return distributed.together(lambda: work() if self.main else None)
+        return distributed.all_or_raise(lambda: work() if self.main else None)
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -183,7 +182,7 @@ class Run:
         if "image" in self.kept:
             return self.keep_tokenizer("image")
         tokenizer = ImageTokenizer(self.config.image)
-        pixels = distributed.together(
+        pixels = distributed.all_or_raise(
             lambda: pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
 
         def sample(generator: torch.Generator) -> torch.Tensor:
@@ -196,7 +195,7 @@ class Run:
         if "audio" in self.kept:
             return self.keep_tokenizer("audio")
         tokenizer = AudioTokenizer(self.config.audio)
-        mels = distributed.together(lambda: clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
+        mels = distributed.all_or_raise(lambda: clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
         if len(mels):
             tokenizer.mean.fill_(mels.mean())
             tokenizer.deviation.fill_(mels.std())
@@ -244,7 +243,7 @@ class Run:
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
         steps = distributed.broadcast([path.name for path in checkpoint.list_steps(self.folder / (after or name))])
-        vocabulary, loader, decoder = distributed.together(lambda: self._make_ready(name, settings, after, steps))
+        vocabulary, loader, decoder = distributed.all_or_raise(lambda: self._make_ready(name, settings, after, steps))
         if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
             raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
         info = {"config": self.config.model.shape.model_dump(mode="json"), "vocab_size": vocabulary.size,
@@ -259,14 +258,14 @@ class Run:
         def read(sources) -> PackedLoader:
             sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
-                                  self.config.seed, self.folder / "documents",
+                                  self.config.seed, self.folder / "token_cache",
                                   max(1, self.config.data.workers // distributed.world()))
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
             return loader
 
-        lessons = [Lesson(lesson.start, lesson.steps, read(lesson.sources)) for lesson in settings.lessons]
-        loader = Curriculum(read(settings.sources), lessons)
+        phases = [Phase(phase.start, phase.steps, read(phase.sources)) for phase in settings.phases]
+        loader = MixtureSchedule(read(settings.sources), phases)
         with self.device:  # where it is needed: the ranks of a machine share its memory
             decoder = Decoder(self.config.model.shape, tokenizers.vocab.size)
         if after:

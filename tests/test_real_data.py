@@ -50,7 +50,7 @@ def test_speech_and_pictures_of_other_projects(others, tmp_path):
     smoke = smoke.replace("[data]\n", f"[data]\nshards = ['{shards}/speech', '{shards}/pictures']\n")
     smoke = re.sub(r"codes/(pretrain|instruct)-\*\.tar", "codes/*.tar", smoke)
     smoke = smoke.replace("[audio]\n", "[audio]\nmax_seconds = 30.0\n").replace("max_length = 512", "max_length = 2048")
-    smoke = smoke.replace("row_length = 256", "row_length = 2048").replace("rows_per_step = 4", "rows_per_step = 2")
+    smoke = smoke.replace("seq_len = 256", "seq_len = 2048").replace("global_batch_size = 4", "global_batch_size = 2")
     config = tmp_path / "own.toml"
     config.write_text(smoke)
     run = tmp_path / "run"
@@ -72,7 +72,7 @@ def test_speech_and_pictures_of_other_projects(others, tmp_path):
     keys = [sample.key for shard in list_shards(run / "codes") for sample in read_shard(shard, tokenizers.hash)]
     assert sorted(keys) == sorted({sample.key for sample in raw} - long)
     assert len(raw) == said["samples"] + seen["samples"]
-    loader = PackedLoader(run / "codes", tokenizers, LoaderConfig(row_length=2048, rows_per_step=2))
+    loader = PackedLoader(run / "codes", tokenizers, LoaderConfig(seq_len=2048, global_batch_size=2))
     assert loader.too_long == 0 and loader.bad.bad == 0
 
     page = tmp_path / "page.html"
@@ -102,8 +102,9 @@ def test_the_configuration_of_a_gpu_on_two_cpu_ranks(others, tmp_path):
     python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", config,
            f"--folder={run}", "--data.workers=1", "--data.tokenizer_samples=300", "--model.max_length=2048",
            *(f"--{stage}.{key}" for stage in ("pretrain", "instruct") for key in
-             ("steps=6", "log_every=2", "save_every=3", "batch_tokens=8192", "micro_rows=1", "loader.row_length=2048")),
-           "--instruct.no-compile", "--instruct.recompute")
+             ("steps=6", "log_every=2", "save_every=3", "batch_tokens=8192", "micro_batch_size=1",
+              "loader.seq_len=2048")),
+           "--instruct.no-compile", "--instruct.activation-checkpointing")
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for stage in ("pretrain", "instruct"):
         values = [line for line in losses if line["stage"] == stage]

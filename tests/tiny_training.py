@@ -28,10 +28,10 @@ from onevocab.training.metrics import MetricsLog
 class Batch:
     ids: torch.Tensor
     targets: torch.Tensor
-    weights: torch.Tensor
+    loss_weights: torch.Tensor
     modality: torch.Tensor
     positions: torch.Tensor
-    document: torch.Tensor
+    document_ids: torch.Tensor
 
     def to(self, device):
         return self

@@ -54,7 +54,7 @@ class AudioTokenizer(GridAutoencoder):
     @property
     def layout(self) -> dict:
         """What the vocabulary needs to know: see `Vocabulary.build`."""
-        return {"name": self.name, "sizes": 0, "codes": self.quantizer.size, "rows": self.config.rows}
+        return {"name": self.name, "sizes": 0, "codes": self.quantizer.codebook_size, "rows": self.config.rows}
 
     @property
     def columns_per_second(self) -> float:

@@ -106,10 +106,10 @@ class GridAutoencoder(nn.Module):
         if quantize:
             latents, codes, commitment = self.quantizer.quantize(latents)
         else:
-            latents, commitment = self.quantizer.relax(latents), latents.new_zeros(())
+            latents, commitment = self.quantizer.bypass(latents), latents.new_zeros(())
         error = self.reconstruct(latents) - x
         mse, mae = error.square().mean(), error.abs().mean()
         logs = {"mse": mse.detach()}
         if quantize:
-            logs["codes_used"] = codes.unique().numel() / self.quantizer.size
+            logs["codes_used"] = codes.unique().numel() / self.quantizer.codebook_size
         return mse + 0.1 * mae + commitment, logs

@@ -76,10 +76,10 @@ def conversation(messages: list[tuple[str, list[tuple[str, object]]]]) -> Docume
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids: int32 (n,); loss: bool (n,), whether predicting that id counts."""
+    """ids: int32 (n,); loss_mask: bool (n,), whether predicting that id counts."""
 
     ids: np.ndarray
-    loss: np.ndarray
+    loss_mask: np.ndarray
 
 
 def encode_document(document: Document, vocabulary: Vocabulary, encode_text, open_role: str | None = None) -> Encoded:

@@ -39,7 +39,7 @@ class ImageTokenizer(GridAutoencoder):
     @property
     def layout(self) -> dict:
         """What the vocabulary needs to know: see `Vocabulary.build`."""
-        return {"name": self.name, "sizes": self.config.max_side, "codes": self.quantizer.size, "rows": 0}
+        return {"name": self.name, "sizes": self.config.max_side, "codes": self.quantizer.codebook_size, "rows": 0}
 
     @property
     def grid(self) -> tuple[int, int]:

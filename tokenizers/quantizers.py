@@ -1,7 +1,7 @@
 """Vectors to codes and back, behind one small interface.
 
-`quantize(z) -> (quantized z, codes, loss)` in training, `relax(z)` the same without rounding (before `start(z)`),
-`encode(z) -> codes`, `decode(codes) -> vectors`, `size`.
+`quantize(z) -> (quantized z, codes, loss)` in training, `bypass(z)` the same without rounding (before
+`init_codebook(z)`), `encode(z) -> codes`, `decode(codes) -> vectors`, `codebook_size`.
 Latents are (..., dim); codes are (...) int64.
 """
 
@@ -17,11 +17,11 @@ from onevocab.kernels.vq import vq_assign
 
 
 class QuantizerConfig(BaseModel):
-    """kind: "vq" or "fsq"; codes, dim: codebook entries and their dimension (vq); levels: per dimension (fsq)."""
+    """kind: "vq" or "fsq"; codebook_size, dim: entries and their dimension (vq); levels: per dimension (fsq)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["vq", "fsq"] = "vq"
-    codes: int = Field(default=1024, ge=2, le=1 << 20)
+    codebook_size: int = Field(default=1024, ge=2, le=1 << 20)
     dim: int = Field(default=16, ge=1, le=256)
     decay: float = Field(default=0.99, gt=0, lt=1)
     commitment: float = Field(default=0.25, ge=0)
@@ -46,11 +46,11 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, config: QuantizerConfig):
         super().__init__()
-        self.config, self.size, self.dim = config, config.codes, config.dim
-        start = F.normalize(torch.randn(config.codes, config.dim), dim=-1)
+        self.config, self.codebook_size, self.dim = config, config.codebook_size, config.dim
+        start = F.normalize(torch.randn(config.codebook_size, config.dim), dim=-1)
         self.register_buffer("codebook", start)
         self.register_buffer("sums", start.clone())
-        self.register_buffer("uses", torch.ones(config.codes))
+        self.register_buffer("uses", torch.ones(config.codebook_size))
 
     def encode(self, z: Tensor) -> Tensor:
         """(..., dim) -> (...) index of the code nearest by angle."""
@@ -60,7 +60,7 @@ class VectorQuantizer(nn.Module):
         """(...) -> (..., dim)"""
         return self.codebook[codes]
 
-    def relax(self, z: Tensor) -> Tensor:
+    def bypass(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=-1)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +75,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, z: Tensor, codes: Tensor) -> None:
-        uses = torch.bincount(codes, minlength=self.size).to(z.dtype)
+        uses = torch.bincount(codes, minlength=self.codebook_size).to(z.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
         if _world() > 1:
             dist.all_reduce(uses)
@@ -85,7 +85,7 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(F.normalize(self.sums, dim=-1))
         dead = self.uses < self.config.restart_below
         # Drawn on every rank, dead or not, so that all ranks take part in the broadcast.
-        fresh = z[torch.randint(len(z), (self.size,), device=z.device)]
+        fresh = z[torch.randint(len(z), (self.codebook_size,), device=z.device)]
         if _world() > 1:
             dist.broadcast(fresh, 0)
         self.codebook[dead] = fresh[dead]
@@ -93,14 +93,14 @@ class VectorQuantizer(nn.Module):
         self.uses[dead] = 1.0
 
     @torch.no_grad()
-    def start(self, z: Tensor, iterations: int = 10) -> None:
+    def init_codebook(self, z: Tensor, iterations: int = 10) -> None:
         """Spherical k-means on latents (n, dim): the codebook begins where the data is."""
         z = F.normalize(z.reshape(-1, self.dim), dim=-1)
-        centres = z[torch.randint(len(z), (self.size,))]
+        centres = z[torch.randint(len(z), (self.codebook_size,))]
         for _ in range(iterations):
             nearest = vq_assign(z, centres)
             sums = torch.zeros_like(centres).index_add_(0, nearest, z)
-            empty = torch.bincount(nearest, minlength=self.size) == 0
+            empty = torch.bincount(nearest, minlength=self.codebook_size) == 0
             sums[empty] = z[torch.randint(len(z), (int(empty.sum()),))]
             centres = F.normalize(sums, dim=-1)
         if _world() > 1:
@@ -119,7 +119,7 @@ class FiniteScalarQuantizer(nn.Module):
         self.levels_tuple, self.dim = tuple(levels), len(levels)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", torch.cumprod(torch.tensor((1, *levels[:-1])), 0), persistent=False)
-        self.size = int(torch.tensor(levels).prod())
+        self.codebook_size = int(torch.tensor(levels).prod())
 
     def _bound(self, z: Tensor, eps: float = 1e-3) -> Tensor:
         half = (self.levels - 1) * (1 + eps) / 2
@@ -136,7 +136,7 @@ class FiniteScalarQuantizer(nn.Module):
         half = self.levels // 2
         return (digits - half).float() / half
 
-    def relax(self, z: Tensor) -> Tensor:
+    def bypass(self, z: Tensor) -> Tensor:
         return self._bound(z) / (self.levels // 2)
 
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,5 +144,5 @@ class FiniteScalarQuantizer(nn.Module):
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self.levels // 2), self.encode(z), z.new_zeros(())
 
-    def start(self, z: Tensor) -> None:
+    def init_codebook(self, z: Tensor) -> None:
         """Nothing to start: the codebook is fixed."""

@@ -12,7 +12,7 @@ from onevocab.training.faults import Stopped, StopSignal
 from onevocab.training.metrics import MetricsLog, progress
 from onevocab.training.muon import OptimizerConfig, build_optimizers
 from onevocab.training.parallel import replicate
-from onevocab.training.precision import autocast, choose
+from onevocab.training.precision import autocast, select_precision
 from onevocab.training.schedule import ScheduleConfig, multiplier
 
 PLAIN = 0.25  # part of the steps before the codebook starts
@@ -36,9 +36,9 @@ def train_autoencoder(
     if found:
         found.report_damage()
     # Kept on resume, so that a run ends the same wherever it was cut.
-    precision = found.state["precision"] if found else distributed.broadcast(choose("auto", device))
+    precision = found.state["precision"] if found else distributed.broadcast(select_precision("auto", device))
     optimizers.iterate_in(getattr(torch, precision))
-    distributed.together(lambda: log.cut_back(stage, start))
+    distributed.all_or_raise(lambda: log.cut_back(stage, start))
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.
     wrapped = replicate(model)
     model.train()
@@ -54,7 +54,7 @@ def train_autoencoder(
             if step == round(PLAIN * steps):
                 with torch.no_grad():
                     latents = [model.latents(sample(generator)).flatten(0, 2) for _ in range(8)]
-                model.quantizer.start(torch.cat(latents))
+                model.quantizer.init_codebook(torch.cat(latents))
             batch = sample(generator)
             count = distributed.all_reduce_sum(torch.tensor(len(batch))).item()
             with autocast(precision, device):
@@ -65,7 +65,7 @@ def train_autoencoder(
             optimizers.step(multiplier(schedule, step, steps))
             bar.update()
             done = step + 1
-            asked_to_stop, bad = distributed.count(stop.asked, not math.isfinite(loss.item()))
+            asked_to_stop, bad = distributed.count_ranks(stop.asked, not math.isfinite(loss.item()))
             if bad:
                 raise UserError(f"{stage}: the loss is not finite at step {done}; use a lower learning_rate, with "
                                 f"another --folder or without {folder}")

@@ -92,7 +92,7 @@ class Saver:
         self.finish()
         self._step = step
         try:
-            distributed.together(self._begin)
+            distributed.all_or_raise(self._begin)
         except UserError as error:
             self._give_up(error)
         tensors = {} if optimizers is None else optimizers.tensors()
@@ -131,7 +131,7 @@ class Saver:
             if errors := [error for _, error in parts if error]:
                 raise UserError(errors[0])
             files = {name: entry for files, _ in parts for name, entry in files.items()}
-            distributed.together(lambda: distributed.is_main() and self._commit(files))
+            distributed.all_or_raise(lambda: distributed.is_main() and self._commit(files))
         except UserError as error:
             self._give_up(error)
 
@@ -150,7 +150,7 @@ class Saver:
         other ranks only give their parts."""
         kept = {}
         for name, value in tensors.items():
-            value = distributed.whole(value.detach())
+            value = distributed.full_tensor(value.detach())
             if distributed.is_main():
                 copy = self.background and value.device.type == "cpu"
                 kept[name] = (value.clone() if copy else value.cpu()).contiguous()
@@ -264,7 +264,7 @@ def find(folder) -> Checkpoint | None:
             return saved
 
         try:
-            saved = distributed.together(check)
+            saved = distributed.all_or_raise(check)
         except UserError as error:
             damaged.append(str(error))
             continue
@@ -278,7 +278,7 @@ def find(folder) -> Checkpoint | None:
 def restore(found: Checkpoint, model: nn.Module, optimizers=None) -> None:
     """Puts it into model, optimizers and the random-number generators. All ranks call it. Raises UserError when it
     belongs to another model."""
-    distributed.together(lambda: _copy_file(model.state_dict(), found.folder / MODEL))
+    distributed.all_or_raise(lambda: _copy_file(model.state_dict(), found.folder / MODEL))
     if optimizers is not None:
         _load_optimizers(optimizers, found.folder)
     _restore_rng(found.rng)
@@ -328,7 +328,7 @@ def _copy(own: dict[str, Tensor], shapes: dict, read: Callable[[str], Tensor], s
 def _load_optimizers(optimizers, step_folder: Path) -> None:
     wanted, averages = optimizers.tensors(), optimizers.averages()
     if averages:
-        distributed.together(lambda: _copy_file(averages, step_folder / AVERAGED))
+        distributed.all_or_raise(lambda: _copy_file(averages, step_folder / AVERAGED))
     reader = HuggingFaceStorageReader(str(step_folder / "optimizer"))
     found = reader.read_metadata().state_dict_metadata
     for name, tensor in wanted.items():

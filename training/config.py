@@ -9,29 +9,29 @@ from onevocab.training.schedule import ScheduleConfig
 
 
 class TrainConfig(BaseModel):
-    """steps: optimiser steps; micro_rows: rows of a rank's step that are computed at once, their gradients are added up
-    (0: all); parallel: every rank has all weights, or a part of each; recompute: activations are computed again in the
-    backward pass instead of kept; compile: the layers, by torch.compile; z_loss: weight of log(Z)^2 (PaLM, Chowdhery et
-    al. 2022); clip: largest gradient norm; precision: of the matmuls, "auto" is the faster one here; new_rows_steps: so
-    many steps at the start train only the rows that a pretrained vocabulary did not have; max_bad_steps: so many
-    non-finite losses in a row stop the run; stall_seconds: a rank that waits so long for data or for another rank ends
-    the run (0: never); background_save: checkpoints are written while training goes on, "auto": on a GPU; *_every: in
-    steps."""
+    """The loop of [pretrain] and [instruct]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    steps: int = Field(default=1000, ge=1)
-    micro_rows: int = Field(default=0, ge=0)
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    recompute: bool = False
-    compile: bool = False
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    steps: int = Field(1000, ge=1, description="optimiser steps")
+    micro_batch_size: int = Field(0, ge=0, description="rows of a rank's step that are computed at once; their gradients "
+                                  "are added up (0: all rows)")
+    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every rank has all weights (ddp), or a part of each "
+                                              "(fsdp2)")
+    activation_checkpointing: bool = Field(False, description="compute a layer's activations again in the backward pass "
+                                           "instead of keeping them")
+    compile: bool = Field(False, description="run the layers through torch.compile")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matmuls; auto: the faster one "
+                                                              "here")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    z_loss: float = Field(default=1e-5, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    new_rows_steps: int = Field(default=0, ge=0)
-    max_bad_steps: int = Field(default=10, ge=1)
-    stall_seconds: float = Field(default=1800.0, ge=0)
-    log_every: int = Field(default=20, ge=1)
-    background_save: Literal["auto", "on", "off"] = "auto"
-    save_every: int = Field(default=500, ge=1)
+    z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2 (PaLM, Chowdhery et al. 2022)")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradients; larger ones are scaled down")
+    new_rows_steps: int = Field(0, ge=0, description="steps at the start that train only the vocabulary's rows which the "
+                                "weights started from did not have")
+    max_bad_steps: int = Field(10, ge=1, description="so many non-finite losses in a row stop the run")
+    stall_seconds: float = Field(1800.0, ge=0, description="a rank that waits so long for data or for another rank ends "
+                                 "the run (0: never)")
+    log_every: int = Field(20, ge=1, description="steps between two lines of metrics")
+    background_save: Literal["auto", "on", "off"] = Field("auto", description="write checkpoints while training goes on; "
+                                                          "auto: on a GPU")
+    save_every: int = Field(500, ge=1, description="steps between two checkpoints")

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from onevocab.common.errors import UserError
 
 T = TypeVar("T")
-TOGETHER = timedelta(minutes=30)  # how long ranks wait for each other at the start
-LONGEST = timedelta(days=7)  # and while one of them works alone; in the loops a watchdog looks after them
+START_TIMEOUT = timedelta(minutes=30)  # how long ranks wait for each other at the start
+COLLECTIVE_TIMEOUT = timedelta(days=7)  # and while one of them works alone; in the loops a watchdog looks after them
 
 
 def init(device: str = "auto") -> torch.device:
@@ -36,8 +36,8 @@ def init(device: str = "auto") -> torch.device:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        store, index, count = next(iter(dist.rendezvous("env://", timeout=TOGETHER)))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=LONGEST,
+        store, index, count = next(iter(dist.rendezvous("env://", timeout=START_TIMEOUT)))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT,
                                 store=_fresh(store, index, count), rank=index, world_size=count)
     return chosen
 
@@ -49,7 +49,7 @@ def _fresh(store: dist.Store, index: int, count: int) -> dist.Store:
     stand (torch 2.13): gloo then connects to nobody, for hours. So each rank greets with a word of its own, the first
     one proposes what it read, and settles it when all have found their own word in the very same proposal.
     """
-    word, deadline = uuid.uuid4().hex, time.monotonic() + TOGETHER.total_seconds()
+    word, deadline = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
     store.set(f"start/word/{index}", word)
     while time.monotonic() < deadline:
         if index == 0 and all(store.check([f"start/word/{i}"]) for i in range(1, count)):
@@ -69,7 +69,8 @@ def _fresh(store: dist.Store, index: int, count: int) -> dist.Store:
                         return dist.PrefixStore(name, store)
                     store.set(f"start/agreed/{index}", name)
         time.sleep(0.01)
-    raise UserError(f"rank {index} has waited {TOGETHER.total_seconds():.0f} s for {count - 1} other ranks to start")
+    raise UserError(f"rank {index} has waited {START_TIMEOUT.total_seconds():.0f} s for {count - 1} other ranks to "
+                    "start")
 
 
 def rank() -> int:
@@ -110,14 +111,14 @@ def all_to_all(tensor: Tensor) -> Tensor:
     return received
 
 
-def count(*flags: bool) -> list[int]:
+def count_ranks(*flags: bool) -> list[int]:
     """On how many ranks each flag is true."""
     return all_reduce_sum(torch.tensor([int(flag) for flag in flags])).tolist()
 
 
-def agree(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every rank when it is true on any: how all ranks stop, or skip, together."""
-    return count(flag)[0] > 0
+    return count_ranks(flag)[0] > 0
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -125,12 +126,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank (all must ask); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def together(work: Callable[[], T]) -> T:
+def all_or_raise(work: Callable[[], T]) -> T:
     """work() on every rank, or UserError on every rank when it raised one (or OSError) on any: nobody waits for a rank
     that has given up."""
     result, error = None, None
@@ -138,7 +139,7 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except (UserError, OSError) as caught:
         error = str(caught) or repr(caught)
-    if agree(error is not None):
+    if any_rank(error is not None):
         raise UserError(next(text for text in gather(error) if text is not None))
     return result
 
@@ -146,7 +147,7 @@ def together(work: Callable[[], T]) -> T:
 @cache
 def cpu_group() -> dist.ProcessGroup | None:
     """A gloo group beside the usual one, for what a background thread exchanges. All ranks must ask at once."""
-    return dist.new_group(backend="gloo", timeout=LONGEST) if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
 
 
 def broadcast(value, source: int = 0):

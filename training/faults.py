@@ -20,7 +20,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """The only training of a folder, on its first rank: two would mix their checkpoints. Raises UserError when there is
     another; one that was just killed has ten seconds to be gone."""
     folder.mkdir(parents=True, exist_ok=True)

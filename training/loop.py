@@ -17,7 +17,7 @@ from onevocab.training.faults import Stopped, StopSignal, Watchdog
 from onevocab.training.metrics import MetricsLog, Totals, peak_memory, progress
 from onevocab.training.muon import build_optimizers
 from onevocab.training.parallel import exchange, replicate, shard
-from onevocab.training.precision import autocast, choose
+from onevocab.training.precision import autocast, select_precision
 from onevocab.training.schedule import multiplier
 
 WATCHED = 256  # tokens whose log(Z) is looked at
@@ -43,8 +43,8 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """-> (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is)."""
-        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document)).flatten(0, 1)
-        head, weights = self.decoder.head_weight, batch.weights.flatten()
+        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document_ids)).flatten(0, 1)
+        head, weights = self.decoder.head_weight, batch.loss_weights.flatten()
         if self.watch:
             rows = weights.nonzero()[:WATCHED, 0]
             if len(rows):
@@ -54,18 +54,18 @@ class NextTokenLoss(nn.Module):
 
 
 def backward(
-    model: nn.Module, batch, scale: Tensor, micro_rows: int, precision: str, device: torch.device
+    model: nn.Module, batch, scale: Tensor, micro_batch_size: int, precision: str, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Adds up the gradients of scale * loss, `micro_rows` rows at a time (0: all at once), and exchanges them between
-    ranks once. Returns (scale * loss, nll (B * S,)), both without a graph.
+    """Adds up the gradients of scale * loss, `micro_batch_size` rows at a time (0: all at once), and exchanges them
+    between ranks once. Returns (scale * loss, nll (B * S,)), both without a graph.
 
     The scale is that of the whole step, so parts with few tokens that count do not count more.
     """
     columns = vars(batch).values()
     rows = len(batch.ids)
     mean, nlls = torch.zeros((), device=device), []
-    for start in range(0, rows, micro_rows or rows):
-        stop = min(start + (micro_rows or rows), rows)
+    for start in range(0, rows, micro_batch_size or rows):
+        stop = min(start + (micro_batch_size or rows), rows)
         part = batch if stop - start == rows else type(batch)(*(column[start:stop] for column in columns))
         with exchange(model, now=stop == rows):
             with autocast(precision, device):
@@ -104,7 +104,7 @@ def train_language(
     found = checkpoint.find(folder)
     start = found.step if found else 0
     # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
-    precision = found.state["precision"] if found else distributed.broadcast(choose(config.precision, device))
+    precision = found.state["precision"] if found else distributed.broadcast(select_precision(config.precision, device))
     peak = peak_flops(precision) if peak_flops else 0.0
     decoder.train()
     module = NextTokenLoss(decoder, config.z_loss)
@@ -114,10 +114,10 @@ def train_language(
     if found:
         found.report_damage()
         checkpoint.restore(found, decoder, optimizers)
-        distributed.together(lambda: loader.load_state_dict(found.state["loader"]))
+        distributed.all_or_raise(lambda: loader.load_state_dict(found.state["loader"]))
         totals.load(found.state["unreported"])
     model = replicate(module)
-    distributed.together(lambda: log.cut_back(stage, start))
+    distributed.all_or_raise(lambda: log.cut_back(stage, start))
     saver = checkpoint.Saver(folder, background=config.background_save == "on" or (
         config.background_save == "auto" and device.type == "cuda"))
 
@@ -143,20 +143,20 @@ def train_language(
             report = done % config.log_every == 0 or done == config.steps
             watchdog.waits_for("data", step)
             asked = time.perf_counter()
-            batch = distributed.together(next_batch).to(device)
+            batch = distributed.all_or_raise(next_batch).to(device)
             waited += time.perf_counter() - asked
             watchdog.waits_for("the update", step)
-            total_weight = distributed.all_reduce_sum(batch.weights.sum())
+            total_weight = distributed.all_reduce_sum(batch.loss_weights.sum())
             optimizers.zero_grad()
             # DDP and FSDP2 average gradients over ranks; times their number is the sum, over the weight of all of them.
             scale = distributed.world() / total_weight.clamp_min(1e-6)
             module.watch = report
-            mean, nll = backward(model, batch, scale, config.micro_rows, precision, device)
+            mean, nll = backward(model, batch, scale, config.micro_batch_size, precision, device)
             if step < config.new_rows_steps:
                 keep_new_rows(decoder)
-            norm = distributed.whole(nn.utils.clip_grad_norm_(decoder.parameters(), config.clip))
+            norm = distributed.full_tensor(nn.utils.clip_grad_norm_(decoder.parameters(), config.max_grad_norm))
             rate = multiplier(config.schedule, step, config.steps)
-            if distributed.agree(not (math.isfinite(mean.item()) and math.isfinite(norm.item()))):
+            if distributed.any_rank(not (math.isfinite(mean.item()) and math.isfinite(norm.item()))):
                 bad += 1
                 log.write(stage, done, skipped="non-finite loss")
                 if bad >= config.max_bad_steps:
@@ -182,7 +182,7 @@ def train_language(
             if done % config.save_every == 0 or done == config.steps:
                 save(done)
                 saved = done
-            asked_to_stop, written = distributed.count(stop.asked, saver.written)
+            asked_to_stop, written = distributed.count_ranks(stop.asked, saver.written)
             if written == distributed.world():
                 saver.finish()
             if asked_to_stop:

@@ -29,8 +29,8 @@ class Totals:
 
     def add(self, batch, nll: Tensor) -> None:
         """A step of this rank; nll (B * S,) in nats."""
-        kind, weights = batch.modality.flatten().long(), batch.weights.flatten().to(self.sums.dtype)
-        real = (batch.document.flatten() >= 0).to(self.sums.dtype)
+        kind, weights = batch.modality.flatten().long(), batch.loss_weights.flatten().to(self.sums.dtype)
+        real = (batch.document_ids.flatten() >= 0).to(self.sums.dtype)
         keys = (batch.positions.flatten() + 1) * real
         for total, values in zip(self.sums, (nll.to(weights.dtype) * weights, weights, real, keys), strict=True):
             total.index_add_(0, kind, values)

@@ -25,7 +25,7 @@ class OptimizerConfig(BaseModel):
     other_lr: float = Field(4e-3, gt=0, description="AdamW's, for embedding, head and norms")
     momentum: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
-    average: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
                            "afterwards; 0: none is kept")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -209,7 +209,7 @@ def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     """What the optimisers' state takes: a momentum for each number of a matrix, two moments for the others (and a count
     each), the average. The model may be on `meta`."""
     matrices, rest = assign(model)
-    averaged = 4 * sum(p.numel() for p in model.parameters()) if config.average else 0
+    averaged = 4 * sum(p.numel() for p in model.parameters()) if config.ema_decay else 0
     return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged
 
 
@@ -220,4 +220,4 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
         members["muon"] = Muon(matrices, config.matrix_lr, config.momentum, config.weight_decay)
     if rest:
         members["adamw"] = AdamW(rest, config.other_lr, config.betas, config.eps)
-    return Optimizers(members, Average(model, config.average) if config.average else None)
+    return Optimizers(members, Average(model, config.ema_decay) if config.ema_decay else None)

@@ -25,7 +25,7 @@ def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, device: 
     if config.compile:
         for layer in layers:
             layer.compile()
-    if config.recompute:
+    if config.activation_checkpointing:
         recompute_layers(layers)
     if config.parallel == "fsdp2" and distributed.world() > 1:
         mesh = init_device_mesh(device.type, (distributed.world(),))

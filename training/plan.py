@@ -11,7 +11,7 @@ from onevocab.common.errors import UserError
 from onevocab.training.config import TrainConfig
 from onevocab.training.muon import OptimizerConfig, state_bytes
 from onevocab.training.parallel import recompute_layers
-from onevocab.training.precision import autocast, choose, device_flops
+from onevocab.training.precision import autocast, device_flops
 
 PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
 
@@ -105,8 +105,9 @@ def probe(batch_class: type, vocabulary: int) -> object:
     rows, length = PROBE
     index = torch.arange(length).expand(rows, -1)
     ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
-    return batch_class(ids=ids, targets=ids, weights=torch.ones(rows, length), positions=index,
-                       modality=torch.zeros(rows, length, dtype=torch.uint8), document=torch.zeros_like(index).int())
+    return batch_class(ids=ids, targets=ids, loss_weights=torch.ones(rows, length), positions=index,
+                       modality=torch.zeros(rows, length, dtype=torch.uint8),
+                       document_ids=torch.zeros_like(index).int())
 
 
 def si(value: float, unit: str = "", base: float = 1000) -> str:
@@ -119,33 +120,33 @@ def si(value: float, unit: str = "", base: float = 1000) -> str:
     return f"{value:.3g} {prefix}{unit}".rstrip()
 
 
-def stage_lines(name: str, stage: TrainConfig, rows_per_step: int, row_length: int, model: nn.Module,
+def stage_lines(name: str, stage: TrainConfig, global_batch_size: int, seq_len: int, model: nn.Module,
                 make: Callable[[int], nn.Module], batch, supposed: PlanConfig, known_flops: float) -> list[str]:
     """A stage's plan for people. model: on `meta`, with its `decoder`; make and batch: for `activations`; known_flops:
     of a device, where `supposed` says nothing (0: measured here). Raises UserError when the rows do not divide."""
     devices, layers = supposed.devices, model.decoder.layers
-    if rows_per_step % devices:
-        raise UserError(f"{name}: rows_per_step = {rows_per_step} does not divide over {devices} devices; choose a "
-                        "multiple")
+    if global_batch_size % devices:
+        raise UserError(f"{name}: global_batch_size = {global_batch_size} does not divide over {devices} devices; "
+                        "choose a multiple")
     here = torch.device("cpu")
-    precision = choose(stage.precision, here)
-    at_once = min(stage.micro_rows or rows_per_step, rows_per_step // devices)
-    kept = activations(make, batch, len(layers), at_once * row_length, precision, stage.recompute)
+    precision = select_precision(stage.precision, here)
+    at_once = min(stage.micro_batch_size or global_batch_size, global_batch_size // devices)
+    kept = activations(make, batch, len(layers), at_once * seq_len, precision, stage.activation_checkpointing)
     sharded = stage.parallel == "fsdp2" and devices > 1
     layer = 4 * sum(p.numel() for p in layers[0].parameters())
     outside = 4 * sum(p.numel() for p in model.parameters()) - layer * len(layers)
     gathered = outside + 2 * layer if sharded else 0  # FSDP2 gathers a layer while the one before it computes
-    made = plan(model, model.decoder.flops(1, row_length / 2), kept, stage.optimizer, devices if sharded else 1,
+    made = plan(model, model.decoder.flops(1, seq_len / 2), kept, stage.optimizer, devices if sharded else 1,
                 gathered)
     flops = supposed.flops or known_flops or device_flops(here, precision)
-    tokens = stage.steps * rows_per_step * row_length
+    tokens = stage.steps * global_batch_size * seq_len
     seconds = made.flops_per_token * tokens / (flops * supposed.mfu * devices)
     joules = seconds * devices * supposed.watts
     energy = si(joules / 3.6e6, "kWh") if supposed.watts else "energy: say --plan.watts"
     parts = ", ".join(f"{part} {si(getattr(made, part), 'B', 1024)}"
                       for part in ("weights", "gradients", "optimizer", "activations"))
     return [
-        f"{name}: {si(tokens)} tokens, {stage.steps:,} steps of {rows_per_step} rows of {row_length:,}, {at_once} at "
+        f"{name}: {si(tokens)} tokens, {stage.steps:,} steps of {global_batch_size} rows of {seq_len:,}, {at_once} at "
         "once",
         f"  work      {si(made.flops_per_token, 'FLOP')} a token, {si(made.flops_per_token * tokens, 'FLOP')} in all",
         f"  memory    {si(made.memory, 'B', 1024)} a device: {parts}",

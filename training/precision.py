@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 
 
-def choose(precision: str, device: torch.device) -> str:
+def select_precision(precision: str, device: torch.device) -> str:
     """"auto" -> "float32" or "bfloat16": on a GPU what it supports, on a CPU what is faster here, by trying.
 
     Some CPUs multiply bfloat16 three times faster than float32 (AVX512-BF16, AMX), others many times slower.

@@ -22,7 +22,7 @@ from onevocab.data.shards.format import read_shard
 from onevocab.data.shards.index import build_index, index_path, read_indexed
 from onevocab.data.shards.writer import ShardFile
 
-CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=16)
+CONFIG = LoaderConfig(seq_len=128, global_batch_size=4, window=16)
 
 
 def extension(kind: bytes, content: bytes) -> bytes:
@@ -108,10 +108,10 @@ def test_damage_that_is_mended_is_forgotten(tmp_path, tokenizers):
     good = path.read_bytes()
     path.write_bytes(good.replace(b"word 1", b"wort 1"))
     config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
-    assert PackedLoader(path, tokenizers, config, keep=tmp_path / "kept").bad.bad == 1
+    assert PackedLoader(path, tokenizers, config, cache_folder=tmp_path / "kept").bad.bad == 1
     assert not list((tmp_path / "kept").glob("*.safetensors"))
     path.write_bytes(good)
-    assert PackedLoader(path, tokenizers, config, keep=tmp_path / "kept").bad.bad == 0
+    assert PackedLoader(path, tokenizers, config, cache_folder=tmp_path / "kept").bad.bad == 0
 
 
 def test_messages_stay_short_and_processes_end(tmp_path, tokenizers):
@@ -155,7 +155,7 @@ def test_a_claimed_file_of_another_writer_is_left_alone(tmp_path):
 def test_kept_files_of_another_form_are_made_again(tmp_path, tokenizers):
     codes = write_codes(tmp_path / "codes", tokenizers, mixed_codes(6), 100)
     keep = tmp_path / "kept"
-    whole = PackedLoader(codes, tokenizers, CONFIG, keep=keep)
+    whole = PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep)
     [path] = keep.glob("*.safetensors")
     content = path.read_bytes()
     good = load(content)
@@ -166,13 +166,13 @@ def test_kept_files_of_another_form_are_made_again(tmp_path, tokenizers):
     for arrays in ({"about": good["about"][:, :2].copy()}, {"about": negative},
                    {"tokens": good["tokens"].astype("f4")}):
         path.write_bytes(save({**good, **arrays}, metadata))
-        assert PackedLoader(codes, tokenizers, CONFIG, keep=keep).fingerprint == whole.fingerprint
+        assert PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep).fingerprint == whole.fingerprint
     said = json.loads(metadata["said"])
     path.write_bytes(save(good, metadata | {"said": json.dumps(said | {"bad": [3]})}))
-    assert PackedLoader(codes, tokenizers, CONFIG, keep=keep).fingerprint == whole.fingerprint
+    assert PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep).fingerprint == whole.fingerprint
     path.write_bytes(save({**good, "tokens": good["tokens"] + 100_000}, metadata))
-    with pytest.raises(UserError, match="remove the run's folder documents/"):
-        PackedLoader(codes, tokenizers, CONFIG, keep=keep).next_batch()
+    with pytest.raises(UserError, match="remove the run's folder token_cache/"):
+        PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep).next_batch()
 
 
 def test_a_bad_sample_is_quoted_in_part():

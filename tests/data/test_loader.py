@@ -36,16 +36,16 @@ from onevocab.tokenizers.document import Document, Segment
 
 
 @given(st.lists(st.integers(0, 40), max_size=200), st.integers(1, 32))
-def test_packing_loses_nothing_and_cuts_nothing(lengths, row_length):
-    packed = pack(lengths, row_length)
+def test_packing_loses_nothing_and_cuts_nothing(lengths, seq_len):
+    packed = pack(lengths, seq_len)
     placed = [i for row in packed.rows for i in row]
     assert sorted(placed + packed.dropped) == [i for i, n in enumerate(lengths) if n]
-    assert packed.dropped == [i for i, n in enumerate(lengths) if n > row_length]
+    assert packed.dropped == [i for i, n in enumerate(lengths) if n > seq_len]
     sums = [sum(lengths[i] for i in row) for row in packed.rows]
-    assert all(0 < n <= row_length for n in sums)
+    assert all(0 < n <= seq_len for n in sums)
     # No two rows could be joined: less than half of the places is wasted, whatever the lengths.
-    assert len(sums) < 2 or sum(sorted(sums)[:2]) > row_length
-    assert packed == pack(lengths, row_length)
+    assert len(sums) < 2 or sum(sorted(sums)[:2]) > seq_len
+    assert packed == pack(lengths, seq_len)
 
 
 def test_packing_wastes_little():
@@ -61,7 +61,7 @@ def codes(tmp_path_factory, tokenizers):
     return write_codes(tmp_path_factory.mktemp("codes"), tokenizers, mixed_codes(60))
 
 
-CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=16, caption_drop=0.3)
+CONFIG = LoaderConfig(seq_len=128, global_batch_size=4, window=16, condition_dropout=0.3)
 
 
 def same(a, b) -> bool:
@@ -148,14 +148,14 @@ def test_both_orders_and_caption_drop(codes, tokenizers, tmp_path):
                 segments = [Segment("text", "", "user", 0, False), segments[1]]
             expected = tokenizers.encode(Document(tuple(segments)))
             ids, loss = loader.tokens_of(number, swapped, dropped)
-            assert ids.tolist() == expected.ids.tolist() and loss.tolist() == expected.loss.tolist()
+            assert ids.tolist() == expected.ids.tolist() and loss.tolist() == expected.loss_mask.tolist()
             shown.add((number, swapped, dropped))
     kinds = {(number % 5, swapped, dropped) for number, swapped, dropped in shown}
     assert kinds == {(0, False, False), (0, True, False), (0, True, True), (1, False, False), (1, True, False),
                      (2, False, False), (2, False, True), (3, False, False), (4, False, False)}
     # Over six epochs each pair came in both orders.
     assert all({s for n, s, _ in shown if n == number} == {False, True} for number in range(60) if number % 5 < 2)
-    always = PackedLoader(codes, tokenizers, CONFIG.model_copy(update={"text_first": 1.0, "caption_drop": 1.0}))
+    always = PackedLoader(codes, tokenizers, CONFIG.model_copy(update={"text_first": 1.0, "condition_dropout": 1.0}))
     numbers, swapped, dropped = always.plan(0)
     assert (swapped == (numbers % 5 == 0)).all() and (dropped == np.isin(numbers % 5, (0, 2))).all()
 
@@ -167,12 +167,12 @@ def test_only_the_request_before_a_drawing_is_dropped(tmp_path, tokenizers):
                 say("user", image("0.image.npy"))]
     write_codes(tmp_path, tokenizers, [{"json": as_json({"messages": messages}), "0.image.npy": grid(0),
                                         "1.image.npy": grid(1)}])
-    loader = PackedLoader(tmp_path, tokenizers, CONFIG.model_copy(update={"row_length": 256}))
+    loader = PackedLoader(tmp_path, tokenizers, CONFIG.model_copy(update={"seq_len": 256}))
     ids, loss = loader.tokens_of(0, False, True)
     messages[3]["content"][1]["text"] = ""
     members = {"json": as_json({"messages": messages}), "0.image.npy": grid(0), "1.image.npy": grid(1)}
     expected = tokenizers.encode(document_of(sample(members)))
-    assert ids.tolist() == expected.ids.tolist() and loss.tolist() == expected.loss.tolist()
+    assert ids.tolist() == expected.ids.tolist() and loss.tolist() == expected.loss_mask.tolist()
 
 
 def test_batch_by_brute_force(codes, tokenizers):
@@ -186,24 +186,24 @@ def test_batch_by_brute_force(codes, tokenizers):
         loader.load_state_dict(vars(before))
         batch = loader.next_batch()
         assert batch.ids.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
-        assert (batch.weights.dtype, batch.modality.dtype, batch.document.dtype) == (
+        assert (batch.loss_weights.dtype, batch.modality.dtype, batch.document_ids.dtype) == (
             torch.float32, torch.uint8, torch.int32)
         for r, row in enumerate(rows):
             at = 0
             for d, entry in enumerate(row):
                 ids, loss = loader.tokens_of(*entry)
                 for i, token in enumerate(ids.tolist()):
-                    assert batch.ids[r, at] == token and batch.positions[r, at] == i and batch.document[r, at] == d
+                    assert batch.ids[r, at] == token and batch.positions[r, at] == i and batch.document_ids[r, at] == d
                     if i + 1 < len(ids):
                         modality = vocab.modality_of(ids[i + 1])
                         assert batch.targets[r, at] == ids[i + 1] and batch.modality[r, at] == modality
                         expected = table[modality] * (1.0 if loss[i + 1] else weights.seen)
-                        assert batch.weights[r, at].item() == pytest.approx(expected)
+                        assert batch.loss_weights[r, at].item() == pytest.approx(expected)
                     else:
-                        assert batch.weights[r, at] == 0
+                        assert batch.loss_weights[r, at] == 0
                     at += 1
                     useful += 1
-            assert (batch.document[r, at:] == -1).all() and (batch.weights[r, at:] == 0).all()
+            assert (batch.document_ids[r, at:] == -1).all() and (batch.loss_weights[r, at:] == 0).all()
             assert (batch.ids[r, at:] == vocab.pad).all()
     assert useful > 0.75 * 5 * 4 * 128
 
@@ -222,11 +222,11 @@ def test_bad_samples_leave_their_position_empty(tmp_path, tokenizers):
     shown = {entry[0] for w in range(loader.windows) for row in loader.rows(0, w) for entry in row}
     assert shown == set(range(20)) - {3, 7, 11, 12}
     with pytest.raises(UserError, match="no document fits a row of 8"):
-        PackedLoader(write_codes(tmp_path / "media", tokenizers, samples[:3]), tokenizers, LoaderConfig(row_length=8))
+        PackedLoader(write_codes(tmp_path / "media", tokenizers, samples[:3]), tokenizers, LoaderConfig(seq_len=8))
 
 
 def test_raw_shards_give_the_same_batches_as_their_codes(raw, tmp_path, tokenizers):
     tokenize_shards(raw, tmp_path, tokenizers, batch=3, progress=False)
-    config = CONFIG.model_copy(update={"row_length": 160})
+    config = CONFIG.model_copy(update={"seq_len": 160})
     a, b = PackedLoader(raw, tokenizers, config), PackedLoader(tmp_path, tokenizers, config)
     assert all(same(a.next_batch(), b.next_batch()) for _ in range(4))

@@ -1,4 +1,4 @@
-"""Lessons take the place of a stage's usual data for some steps and cost it nothing."""
+"""Phases take the place of a stage's usual data for some steps and cost it nothing."""
 
 import json
 
@@ -9,21 +9,21 @@ from samples import mixed_codes, write_codes
 
 from onevocab.common.errors import UserError
 from onevocab.data.loader import LoaderConfig, PackedLoader
-from onevocab.data.mixture import Curriculum, Lesson
+from onevocab.data.mixture import MixtureSchedule, Phase
 
-CONFIG = LoaderConfig(row_length=128, rows_per_step=2, window=16)
+CONFIG = LoaderConfig(seq_len=128, global_batch_size=2, window=16)
 
 
 @pytest.fixture(scope="module")
 def loaders(tmp_path_factory, tokenizers):
-    """Makes fresh loaders: of the usual data, of two lessons."""
+    """Makes fresh loaders: of the usual data, of two phases."""
     folders = [write_codes(tmp_path_factory.mktemp(f"codes{n}"), tokenizers, mixed_codes(n)) for n in (40, 12, 9)]
     return lambda: [PackedLoader(folder, tokenizers, CONFIG, seed=1) for folder in folders]
 
 
-def curriculum(loaders) -> Curriculum:
+def curriculum(loaders) -> MixtureSchedule:
     usual, first, second = loaders()
-    return Curriculum(usual, [Lesson(5, 1, second), Lesson(2, 3, first)])
+    return MixtureSchedule(usual, [Phase(5, 1, second), Phase(2, 3, first)])
 
 
 def batches(loader, count: int) -> list:
@@ -50,15 +50,15 @@ def test_a_resumed_curriculum_goes_on_where_it_was(loaders, start):
     assert equal(batches(resumed, 8), batches(whole, 8))
 
 
-@pytest.mark.parametrize("lessons,reason", [([(4, 1), (2, 3)], "overlap: 3 steps from 2 on, and one from 4 on"),
+@pytest.mark.parametrize("phases,reason", [([(4, 1), (2, 3)], "overlap: 3 steps from 2 on, and one from 4 on"),
                                             ([(2, 3), (18, 3)], "from step 18 on ends after the stage's 20 steps")])
-def test_lessons_that_do_not_fit_are_refused_in_the_configuration(lessons, reason, tmp_path):
+def test_lessons_that_do_not_fit_are_refused_in_the_configuration(phases, reason, tmp_path):
     from train import read_config
 
     config = tmp_path / "run.toml"
     config.write_text((ROOT / "configs" / "smoke.toml").read_text() + "".join(
-        f"[[instruct.lessons]]\nstart = {start}\nsteps = {steps}\nsources = [{{ path = 'x' }}]\n"
-        for start, steps in lessons))
+        f"[[instruct.phases]]\nstart = {start}\nsteps = {steps}\nsources = [{{ path = 'x' }}]\n"
+        for start, steps in phases))
     with pytest.raises(UserError, match=f"instruct: .*{reason}"):
         read_config(config, [])
 
@@ -66,7 +66,7 @@ def test_lessons_that_do_not_fit_are_refused_in_the_configuration(lessons, reaso
 def test_other_lessons_than_the_checkpoints_are_refused(loaders):
     usual, first, second = loaders()
     state = curriculum(loaders).state_dict()
-    with pytest.raises(UserError, match="lessons are not those"):
-        Curriculum(usual, [Lesson(2, 3, first)]).load_state_dict(state)
+    with pytest.raises(UserError, match="phases are not those"):
+        MixtureSchedule(usual, [Phase(2, 3, first)]).load_state_dict(state)
     with pytest.raises(UserError, match="not those of the checkpoint"):
-        Curriculum(usual, [Lesson(2, 3, second), Lesson(5, 1, first)]).load_state_dict(state)
+        MixtureSchedule(usual, [Phase(2, 3, second), Phase(5, 1, first)]).load_state_dict(state)

@@ -28,7 +28,7 @@ from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.media import encode_audio, load_image
 
 PER_SHARD = 100
-CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=64)
+CONFIG = LoaderConfig(seq_len=128, global_batch_size=4, window=64)
 
 
 def good(i: int) -> dict[str, bytes]:

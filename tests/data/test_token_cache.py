@@ -18,9 +18,9 @@ from tiny import tiny_tokenizers
 
 from onevocab.data import token_cache
 from onevocab.data.loader import LoaderConfig, PackedLoader
-from onevocab.data.token_cache import DocumentStore, ShardDocuments
+from onevocab.data.token_cache import ShardTokens, TokenCache
 
-CONFIG = LoaderConfig(row_length=128, rows_per_step=4, window=16, caption_drop=0.3)
+CONFIG = LoaderConfig(seq_len=128, global_batch_size=4, window=16, condition_dropout=0.3)
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def refuse(*_, **__):
 
 def test_same_batches_and_no_second_reading(codes, tokenizers, tmp_path, monkeypatch):
     plain = PackedLoader(codes, tokenizers, CONFIG)
-    kept = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    kept = PackedLoader(codes, tokenizers, CONFIG, cache_folder=tmp_path / "kept")
     monkeypatch.setattr(token_cache, "IndexedShard", refuse)
-    again = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    again = PackedLoader(codes, tokenizers, CONFIG, cache_folder=tmp_path / "kept")
     assert plain.fingerprint == kept.fingerprint == again.fingerprint
     assert plain.summary() == again.summary()
     for one, two, three in zip(batches(plain), batches(kept), batches(again), strict=True):
@@ -54,35 +54,35 @@ def test_bad_samples_are_reported_every_time(tmp_path, tokenizers, caplog):
     config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
     for _ in range(2):
         caplog.clear()
-        loader = PackedLoader(codes, tokenizers, config, keep=tmp_path / "kept")
+        loader = PackedLoader(codes, tokenizers, config, cache_folder=tmp_path / "kept")
         assert loader.bad.bad == 1 and loader.summary()["samples"] == 8
         assert any("bad" in record.getMessage() and "left out" in record.getMessage() for record in caplog.records)
 
 
 def test_another_shard_other_tokenizers_or_damage_make_it_again(codes, tokenizers, tmp_path):
     keep = tmp_path / "kept"
-    first = PackedLoader(codes, tokenizers, CONFIG, keep=keep)
+    first = PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep)
     files = sorted(keep.glob("*.safetensors"))
     assert len(files) == len(list(codes.glob("*.tar")))
     files[0].write_bytes(files[0].read_bytes()[:-7])  # cut short
     files[1].write_bytes(files[2].read_bytes())  # another shard's
     files[2].write_bytes(b"")
-    assert PackedLoader(codes, tokenizers, CONFIG, keep=keep).fingerprint == first.fingerprint
+    assert PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep).fingerprint == first.fingerprint
     shard = sorted(codes.glob("*.tar"))[0]
     os.utime(shard, ns=(0, 10**18))
-    PackedLoader(codes, tokenizers, CONFIG, keep=keep)
+    PackedLoader(codes, tokenizers, CONFIG, cache_folder=keep)
     assert len(list(keep.glob("*.safetensors"))) == len(files) + 1
     other = tiny_tokenizers(seed=1)
     other.save(tmp_path / "other")
     with pytest.raises(token_cache.UserError, match="other tokenizers"):
-        PackedLoader(codes, other, CONFIG, keep=keep)
+        PackedLoader(codes, other, CONFIG, cache_folder=keep)
 
 
 def test_where_nothing_can_be_kept_training_goes_on(codes, tokenizers, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     plain = PackedLoader(codes, tokenizers, CONFIG)
     with caplog.at_level(logging.WARNING):
-        loader = PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "file")
+        loader = PackedLoader(codes, tokenizers, CONFIG, cache_folder=tmp_path / "file")
     assert loader.fingerprint == plain.fingerprint and torch.equal(batches(plain, 1)[0], batches(loader, 1)[0])
     assert "cannot keep documents" in caplog.text
 
@@ -96,7 +96,7 @@ def slow(path, content):
     time.sleep(60)
 token_cache.write_atomic = slow
 from onevocab.data.loader import PackedLoader
-PackedLoader(sys.argv[1], Tokenizers.load(sys.argv[3]), keep=sys.argv[2])
+PackedLoader(sys.argv[1], Tokenizers.load(sys.argv[3]), cache_folder=sys.argv[2])
 """
 
 
@@ -108,7 +108,7 @@ def test_a_killed_process_leaves_no_lock(codes, tokenizers, tmp_path):
     process.kill()
     process.wait()
     begun = time.monotonic()
-    PackedLoader(codes, tokenizers, CONFIG, keep=tmp_path / "kept")
+    PackedLoader(codes, tokenizers, CONFIG, cache_folder=tmp_path / "kept")
     assert time.monotonic() - begun < 30
 
 
@@ -123,9 +123,9 @@ def keep_synthetic(shard, tokenizers, folder, n: int, length: int) -> None:
     about[:, token_cache.LENGTH] = length
     counts = [0] * len(vocab.modalities)
     counts[0] = len(tokens)
-    documents = ShardDocuments(tokens, np.full(len(tokens), token_cache.LOSS, np.uint8), about, [], counts)
+    documents = ShardTokens(tokens, np.full(len(tokens), token_cache.LOSS, np.uint8), about, [], counts)
     folder.mkdir(exist_ok=True)
-    path, identity = token_cache.kept_path(shard, tokenizers, folder)
+    path, identity = token_cache.cache_path(shard, tokenizers, folder)
     path.write_bytes(token_cache.to_bytes(documents, identity))
 
 
@@ -133,13 +133,13 @@ def test_a_restart_among_a_million_samples_takes_less_than_a_second(tmp_path, to
     shards, keep = tmp_path / "shards", tmp_path / "kept"
     for i in range(4):
         keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, 250_000, 8)
-    config = LoaderConfig(row_length=512, rows_per_step=4, window=4096)
-    loader = PackedLoader(shards, tokenizers, config, keep=keep)
+    config = LoaderConfig(seq_len=512, global_batch_size=4, window=4096)
+    loader = PackedLoader(shards, tokenizers, config, cache_folder=keep)
     assert len(loader._store) == 1_000_000
     state = {"epoch": 3, "window": 200, "row": 17, "fingerprint": loader.fingerprint}
     del loader
     begun = time.process_time()
-    restarted = PackedLoader(shards, tokenizers, config, keep=keep)
+    restarted = PackedLoader(shards, tokenizers, config, cache_folder=keep)
     restarted.load_state_dict(state)
     restarted.next_batch()
     assert time.process_time() - begun < 1.0
@@ -149,7 +149,7 @@ def test_a_document_of_any_shard_is_found(tmp_path, tokenizers):
     shards, keep = tmp_path / "shards", tmp_path / "kept"
     for i, (n, length) in enumerate([(3, 4), (1, 7), (5, 2)]):
         keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, n, length)
-    store = DocumentStore(tokenizers, keep)
+    store = TokenCache(tokenizers, keep)
     from onevocab.data.documents import BadSamples
 
     assert [store.add(shards / f"s-{i}.tar", BadSamples(0)) for i in range(3)] == [3, 1, 5]
@@ -165,7 +165,7 @@ def test_any_number_of_workers_and_ranks_gives_the_same(codes, tokenizers, tmp_p
     plain = PackedLoader(codes, tokenizers, CONFIG)
     batches(plain, 3)
     state = plain.state_dict()
-    ranks = [PackedLoader(codes, tokenizers, CONFIG, rank, world, keep=tmp_path / "kept", workers=workers)
+    ranks = [PackedLoader(codes, tokenizers, CONFIG, rank, world, cache_folder=tmp_path / "kept", workers=workers)
              for rank in range(world)]
     for rank in ranks:
         rank.load_state_dict(state)
@@ -179,10 +179,10 @@ def test_long_texts_become_several_documents_and_nothing_else_is_cut(tmp_path, t
     samples = [{"txt": words.encode()}, *mixed_codes(10), {"txt": b"short"}]
     samples.append({"json": as_json({"messages": [say("user", text(words)), say("assistant", text("yes"))]})})
     codes = write_codes(tmp_path / "codes", tokenizers, samples)
-    whole = PackedLoader(codes, tokenizers, LoaderConfig(row_length=4096, rows_per_step=1))
+    whole = PackedLoader(codes, tokenizers, LoaderConfig(seq_len=4096, global_batch_size=1))
     loader = PackedLoader(codes, tokenizers, CONFIG)
     n = int(whole._store.length[0])
-    pieces = -(-n // CONFIG.row_length)
+    pieces = -(-n // CONFIG.seq_len)
     assert pieces > 5 and len(loader._store) == len(whole._store) + pieces - 1 == 13 + pieces - 1
     found = [loader._store[d] for d in range(pieces)]
     assert max(len(ids) for ids, _ in found) - min(len(ids) for ids, _ in found) <= 1
@@ -208,7 +208,7 @@ def test_memory_stays_flat_over_ten_million_samples(tmp_path, tokenizers):
     shards, keep = tmp_path / "shards", tmp_path / "kept"
     for i in range(10):
         keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, 1_000_000, 4)
-    loader = PackedLoader(shards, tokenizers, LoaderConfig(row_length=512, rows_per_step=32), keep=keep)
+    loader = PackedLoader(shards, tokenizers, LoaderConfig(seq_len=512, global_batch_size=32), cache_folder=keep)
     read, sizes = 0, []
     for step in itertools.count():
         if step % 16 == 0:  # whole batches take long; what is ordered and packed is everything

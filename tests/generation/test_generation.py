@@ -9,7 +9,7 @@ from tiny import tiny_decoder, tiny_tokenizers
 
 from onevocab.common.errors import UserError
 from onevocab.generation import AnyToAny, engine
-from onevocab.generation.sampling import Sampling, choose, probabilities, row_noise
+from onevocab.generation.sampling import Sampling, probabilities, row_noise, sample_ids
 from onevocab.tokenizers.grammar import Grammar
 
 
@@ -191,11 +191,11 @@ def test_sampling_keeps_what_it_says():
     assert (probabilities(logits, Sampling(top_k=3)) > 0).sum(-1).tolist() == [3, 3]  # ties or not
     assert (probabilities(logits, Sampling(top_p=0.7)) > 0)[0].tolist() == [1, 1, 0, 0]
     assert (probabilities(logits, Sampling(top_p=1e-9)) > 0).sum(-1).tolist() == [1, 1]
-    assert choose(logits, torch.zeros(2, dtype=torch.float64), Sampling(temperature=0)).tolist() == [0, 0]
+    assert sample_ids(logits, torch.zeros(2, dtype=torch.float64), Sampling(temperature=0)).tolist() == [0, 0]
     almost_one = torch.full((2,), 1 - 2**-53, dtype=torch.float64)
-    assert choose(logits, almost_one, Sampling(top_k=2)).tolist()[0] == 1
+    assert sample_ids(logits, almost_one, Sampling(top_k=2)).tolist()[0] == 1
     noise = row_noise(0, 1, 20_000)[0]
-    drawn = choose(logits[:1].expand(len(noise), -1), noise, Sampling())
+    drawn = sample_ids(logits[:1].expand(len(noise), -1), noise, Sampling())
     frequency = torch.bincount(drawn, minlength=4) / len(noise)
     torch.testing.assert_close(frequency.double(), logits[0].double().softmax(-1), atol=0.012, rtol=0)
 

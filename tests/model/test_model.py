@@ -15,7 +15,8 @@ VOCAB = 97
 def make(tied=True, kv_heads=2, seed=0, **kwargs):
     """A decoder whose every parameter is random, norms too, so that no part can hide."""
     torch.manual_seed(seed)
-    config = ModelConfig(dim=48, layers=3, heads=4, kv_heads=kv_heads, head_dim=16, mlp_dim=64, tied=tied, **kwargs)
+    config = ModelConfig(dim=48, layers=3, heads=4, kv_heads=kv_heads, head_dim=16, mlp_dim=64, tie_embeddings=tied,
+                         **kwargs)
     model = Decoder(config, VOCAB)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,7 +19,8 @@ from onevocab.training.parallel import recompute_layers
 from onevocab.training.plan import activations, plan
 
 CPU = torch.device("cpu")
-SHAPES = [ModelConfig(), ModelConfig(dim=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_dim=768, tied=False)]
+SHAPES = [ModelConfig(), ModelConfig(dim=256, layers=4, heads=8, kv_heads=4, head_dim=32, mlp_dim=768,
+                                     tie_embeddings=False)]
 
 
 def batch(rows: int, length: int, vocabulary: int, document: int) -> Batch:
@@ -64,7 +65,7 @@ def test_memory_is_what_is_measured(config, precision, recompute):
     module = NextTokenLoss(Decoder(config, vocabulary), 1e-5)
     if recompute:
         recompute_layers(module.decoder.layers)
-    settings = OptimizerConfig(average=0.9)
+    settings = OptimizerConfig(ema_decay=0.9)
     optimizers, data = build_optimizers(module.decoder, settings), batch(rows, length, vocabulary, 64)
 
     def make(layers: int) -> NextTokenLoss:
@@ -75,7 +76,7 @@ def test_memory_is_what_is_measured(config, precision, recompute):
     planned = plan(module, 0.0, kept, settings)
 
     def step() -> None:
-        backward(module, data, 1 / data.weights.sum(), 0, precision, CPU)
+        backward(module, data, 1 / data.loss_weights.sum(), 0, precision, CPU)
         optimizers.step(0.1)
 
     state = [*optimizers.tensors().values(), *optimizers.averages().values()]
@@ -90,7 +91,8 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
     shape = {"dim": 2048, "layers": 28, "heads": 16, "kv_heads": 8, "head_dim": 128, "mlp_dim": 6144}
     done = train("configs/demo.toml", f"--folder={tmp_path / 'run'}", "--plan", "--plan.devices=8", "--plan.watts=700",
                  "--plan.flops=989e12", *(f"--model.{key}={value}" for key, value in shape.items()),
-                 "--pretrain.loader.rows_per_step=64", "--instruct.loader.rows_per_step=64", "--pretrain.steps=100000")
+                 "--pretrain.loader.global_batch_size=64", "--instruct.loader.global_batch_size=64",
+                 "--pretrain.steps=100000")
     assert done.returncode == 0, done.stderr
     assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
 

@@ -53,7 +53,7 @@ def test_every_shipped_configuration_is_read(name):
         "--seed=7", "--pretrain.batch_tokens=3145728",
         *(["--data.demo.voices=tones"] if demo else [])])
     assert config.seed == 7 and (not demo or config.data.demo.voices == "tones")
-    assert config.pretrain.rows.rows_per_step * config.pretrain.rows.row_length == 3 * 2**20
+    assert config.pretrain.rows.global_batch_size * config.pretrain.rows.seq_len == 3 * 2**20
 
 
 # ------------------------------------------------------------------------------------------------ the loop

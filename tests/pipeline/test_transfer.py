@@ -76,8 +76,8 @@ def test_text_logits_are_those_of_transformers_and_new_rows_the_mean(tmp_path, p
 
 def test_the_shape_is_read_in_both_spellings(folder):
     new = read_shape(folder)
-    assert new == (ModelConfig(dim=48, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, rope_base=5e4,
-                               tied=True, max_length=512), ROWS)
+    assert new == (ModelConfig(dim=48, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=64, rope_theta=5e4,
+                               tie_embeddings=True, max_length=512), ROWS)
 
     def old(data):
         del data["rope_parameters"], data["layer_types"], data["head_dim"]
@@ -90,7 +90,7 @@ def test_the_shape_is_read_in_both_spellings(folder):
 def test_what_model_says_must_agree():
     shape = ModelConfig(dim=64, max_length=512)
     assert agreed(shape, {"dim": 64, "max_length": 100}, "x") == ModelConfig(dim=64, max_length=100)
-    for key, value in (("dim", 128), ("tied", False), ("max_length", 1024)):
+    for key, value in (("dim", 128), ("tie_embeddings", False), ("max_length", 1024)):
         with pytest.raises(UserError, match=f"model.{key} = {value}"):
             agreed(shape, {key: value}, "x")
 

@@ -85,7 +85,7 @@ def test_conversations_come_back_and_loss_falls_on_the_assistant(messages):
     expected = sum(len(encode_document(Document((replace(segment, role=None),)), VOCAB, TEXT.encode).ids) - 2
                    for segment in document.segments if segment.role == "assistant")
     turns = len({segment.turn for segment in document.segments if segment.role == "assistant"})
-    assert encoded.loss.sum() == expected + turns, "the assistant's content and its end_of_turn, nothing else"
+    assert encoded.loss_mask.sum() == expected + turns, "the assistant's content and its end_of_turn, nothing else"
 
 
 def test_a_prompt_is_the_beginning_of_its_training_row():
@@ -138,7 +138,7 @@ def test_fsq_equals_the_published_implementation():
 def test_vq_assigns_like_the_published_implementation():
     library = pytest.importorskip("vector_quantize_pytorch")
     peer = library.VectorQuantize(dim=8, codebook_size=32, use_cosine_sim=True).eval()
-    ours = VectorQuantizer(QuantizerConfig(codes=32, dim=8))
+    ours = VectorQuantizer(QuantizerConfig(codebook_size=32, dim=8))
     ours.codebook.copy_(peer.codebook)
     z = torch.randn(5, 20, 8)
     assert torch.equal(ours.encode(z), peer(z)[1])
@@ -147,7 +147,7 @@ def test_vq_assigns_like_the_published_implementation():
 def test_vq_learns_clusters_restarts_dead_codes_and_passes_gradients():
     torch.manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(16, 8), dim=-1)
-    quantizer = VectorQuantizer(QuantizerConfig(codes=32, dim=8, decay=0.9)).train()
+    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=32, dim=8, decay=0.9)).train()
 
     def draw():
         return torch.nn.functional.normalize(centres[torch.randint(16, (512,))] + 0.02 * torch.randn(512, 8), dim=-1)
@@ -171,7 +171,7 @@ def test_vq_learns_clusters_restarts_dead_codes_and_passes_gradients():
 def tokenizers(tmp_path_factory) -> Tokenizers:
     torch.manual_seed(0)
     small = {"width": 16, "fine_width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "fine_blocks": 1}
-    image = ImageTokenizer(ImageConfig(**small, quantizer=QuantizerConfig(codes=64, dim=8))).eval()
+    image = ImageTokenizer(ImageConfig(**small, quantizer=QuantizerConfig(codebook_size=64, dim=8))).eval()
     audio = AudioTokenizer(AudioConfig(**small, quantizer=QuantizerConfig(kind="fsq", levels=(4, 4, 4)))).eval()
     bundle = Tokenizers(TEXT, {"image": image, "audio": audio})
     bundle.save(tmp_path_factory.mktemp("tokenizers"))

@@ -194,7 +194,7 @@ def test_the_number_of_ranks_may_change(whole, tmp_path):
     twice what float32 costs."""
     for ranks, parallel, until in ((1, "ddp", 5), (2, "fsdp2", 10), (2, "ddp", 13), (4, "fsdp2", 18), (4, "ddp", 23),
                                    (2, "fsdp2", 26), (1, "fsdp2", -1)):
-        finished(tmp_path / "changing", "--until", until, "--set", f"parallel={parallel}", "optimizer.average=0.9",
+        finished(tmp_path / "changing", "--until", until, "--set", f"parallel={parallel}", "optimizer.ema_decay=0.9",
                  ranks=ranks)
     finished(tmp_path / "exact", "--double")
     exact, one = read_losses(tmp_path / "exact"), whole[1]
@@ -202,7 +202,7 @@ def test_the_number_of_ranks_may_change(whole, tmp_path):
     assert exact.keys() == one.keys() == changing.keys()
     allowed = 2 * max(abs(one[step] - exact[step]) for step in one)
     assert 0 < max(abs(changing[step] - one[step]) for step in one) <= allowed < 1e-4
-    finished(tmp_path / "one", "--set", "optimizer.average=0.9")  # the average of the weights went along
+    finished(tmp_path / "one", "--set", "optimizer.ema_decay=0.9")  # the average of the weights went along
     averages = [checkpoint.load_weights(checkpoint.list_steps(tmp_path / name / "stage")[0])[0]
                 for name in ("changing", "one")]
     live = checkpoint.load_weights(checkpoint.list_steps(tmp_path / "exact" / "stage")[0])[0]

@@ -33,17 +33,17 @@ def network(dtype=torch.float64, **settings) -> tuple[NextTokenLoss, nn.Module]:
     return module, replicate(module)
 
 
-def gradients(module, model, loader: Loader, micro_rows: int = 0,
+def gradients(module, model, loader: Loader, micro_batch_size: int = 0,
               precision: str = "float32") -> dict[str, torch.Tensor]:
     """Whole gradients after a step's backward pass, and the loss of all ranks."""
     loader.taken = 3  # tokens that do not count, unlike in every row
     batch = loader.next_batch()
     if distributed.rank() == loader.world - 1:
-        batch.weights = batch.weights.clone()
-        batch.weights[-1, :13] = 0
-    total = distributed.all_reduce_sum(batch.weights.sum())
-    mean, _ = backward(model, batch, distributed.world() / total, micro_rows, precision, CPU)
-    found = {name: distributed.whole(p.grad) for name, p in module.decoder.named_parameters()}
+        batch.loss_weights = batch.loss_weights.clone()
+        batch.loss_weights[-1, :13] = 0
+    total = distributed.all_reduce_sum(batch.loss_weights.sum())
+    mean, _ = backward(model, batch, distributed.world() / total, micro_batch_size, precision, CPU)
+    found = {name: distributed.full_tensor(p.grad) for name, p in module.decoder.named_parameters()}
     return found | {"loss": distributed.all_reduce_sum(mean.double()) / distributed.world()}
 
 
@@ -58,14 +58,15 @@ def _two_ranks(rank: int) -> None:
     shards = _muon_steps(torch.float32), _muon_steps(torch.float64)
     distributed.init("cpu")
     for parallel in ("ddp", "fsdp2"):
-        for micro_rows, recompute in ((0, False), (1, True)):
+        for micro_batch_size, recompute in ((0, False), (1, True)):
             loader = Loader(rank=rank, world=2, dtype=torch.float64)
-            close(gradients(*network(parallel=parallel, recompute=recompute), loader, micro_rows), alone)
+            made = network(parallel=parallel, activation_checkpointing=recompute)
+            close(gradients(*made, loader, micro_batch_size), alone)
         module, model = network(parallel=parallel)
         gradients(module, model, Loader(rank=rank, world=2, dtype=torch.float64))
         module.decoder.old_rows = 13
         keep_new_rows(module.decoder)
-        rows = distributed.whole(module.decoder.embed_tokens.weight.grad)
+        rows = distributed.full_tensor(module.decoder.embed_tokens.weight.grad)
         assert not rows[:13].any() and rows[13:].any(1).all()
         assert module.decoder.layers[0].mlp.up_proj.weight.grad is None
     low = [gradients(*network(torch.float32, parallel=parallel), Loader(rank=rank, world=2), precision="bfloat16")
@@ -108,7 +109,7 @@ def _muon_steps(dtype, sharded: bool = False) -> torch.Tensor:
                                                                       parameter.placements, src_data_rank=None)
             parameter.grad = gradient
         muon.step(decay=1 - step / 3)
-    return torch.cat([distributed.whole(parameter.detach()).flatten() for _, parameter in named])
+    return torch.cat([distributed.full_tensor(parameter.detach()).flatten() for _, parameter in named])
 
 
 def test_ranks_and_shards_give_one_ranks_gradients_and_updates(tmp_path):
@@ -159,7 +160,7 @@ def test_a_tokenizer_whose_loss_is_not_finite_stops_and_saves_nothing(tmp_path):
 
 
 def test_recomputing_gives_the_same_bits_and_keeps_less():
-    made = [network(torch.float32, recompute=recompute) for recompute in (False, True)]
+    made = [network(torch.float32, activation_checkpointing=recompute) for recompute in (False, True)]
     found = [gradients(*each, Loader()) for each in made]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     kept = [saved_bytes(module, Loader().next_batch(), "float32") for module, _ in made]
@@ -181,7 +182,7 @@ def settings(**changes) -> TrainConfig:
 
 def test_averaged_weights_are_what_is_used_afterwards(tmp_path):
     """Also over a restart; against the definition on the weights of each step."""
-    config = settings(steps=6, save_every=1, optimizer={"average": 0.7})
+    config = settings(steps=6, save_every=1, optimizer={"ema_decay": 0.7})
     seen = []
     for until in range(1, 7):  # the schedule depends on the whole length: stopped after each step
         loader = Loader()
@@ -250,8 +251,8 @@ def test_signals_are_what_they_say(tmp_path):
     module.watch = False
     from onevocab.kernels.attention import IntervalMask
 
-    hidden = decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document))
-    z = decoder.logits(hidden).logsumexp(-1)[batch.weights != 0].mean()
+    hidden = decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document_ids))
+    z = decoder.logits(hidden).logsumexp(-1)[batch.loss_weights != 0].mean()
     assert module.signals["z"].item() == pytest.approx(z.item(), rel=1e-5)
     assert module.signals["output_norm"].item() == pytest.approx(inputs[0].square().mean().sqrt().item(), rel=1e-5)
 
@@ -266,6 +267,6 @@ def test_signals_are_what_they_say(tmp_path):
 
 def test_the_average_needs_no_second_optimiser():
     model = Decoder(SHAPE, 20)
-    plain, averaged = (build_optimizers(model, OptimizerConfig(average=decay)) for decay in (0, 0.9))
+    plain, averaged = (build_optimizers(model, OptimizerConfig(ema_decay=decay)) for decay in (0, 0.9))
     assert plain.tensors().keys() == averaged.tensors().keys() and not plain.averages()
     assert averaged.averages().keys() == model.state_dict().keys()

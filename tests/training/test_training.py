@@ -200,7 +200,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
 def test_one_rank_needs_no_process_group():
     assert distributed.init("cpu").type == "cpu"
     assert (distributed.rank(), distributed.world(), distributed.is_main()) == (0, 1, True)
-    assert distributed.agree(True) and not distributed.agree(False)
+    assert distributed.any_rank(True) and not distributed.any_rank(False)
     assert distributed.all_reduce_sum(torch.ones(2)).tolist() == [1, 1]
     distributed.barrier()
 
@@ -208,7 +208,7 @@ def test_one_rank_needs_no_process_group():
 def _worker(rank):
     distributed.init("cpu")
     total = distributed.all_reduce_sum(torch.tensor(rank + 1)).item()
-    assert (distributed.agree(rank == 1), distributed.agree(False), total) == (True, False, 3)
+    assert (distributed.any_rank(rank == 1), distributed.any_rank(False), total) == (True, False, 3)
     assert distributed.broadcast({"from": rank}) == {"from": 0}
     assert distributed.is_main() == (rank == 0)
     assert distributed.gather(rank) == [0, 1]
@@ -218,8 +218,8 @@ def test_two_ranks_agree(tmp_path):
     on_two_ranks(_worker, tmp_path)
 
 
-@pytest.mark.parametrize("micro_rows", [1, 3])
-def test_gradients_of_parts_add_up_to_those_of_the_whole(micro_rows):
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_gradients_of_parts_add_up_to_those_of_the_whole(micro_batch_size):
     """In float64, where what is left is rounding: rows that count differently weigh by their tokens."""
     from onevocab.model.config import ModelConfig
     from onevocab.model.decoder import Decoder
@@ -229,12 +229,13 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(micro_rows):
     config = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32)
     model = NextTokenLoss(Decoder(config, 20).double(), 1e-4)
     batch = Loader().next_batch()
-    batch.weights = batch.weights.double()
-    batch.weights[1, :13] = 0
+    batch.loss_weights = batch.loss_weights.double()
+    batch.loss_weights[1, :13] = 0
     found = {}
-    for rows in (0, micro_rows):
+    for rows in (0, micro_batch_size):
         model.zero_grad()
-        mean, nll = backward(model, batch, 1 / batch.weights.sum(), rows, "float32", torch.device("cpu"))
+        mean, nll = backward(model, batch, 1 / batch.loss_weights.sum(), rows, "float32", torch.device("cpu"))
         found[rows] = [mean, nll, *(p.grad.clone() for p in model.parameters())]
-    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found[micro_rows], found[0], strict=True))
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in
+                zip(found[micro_batch_size], found[0], strict=True))
     assert worst < 1e-13
