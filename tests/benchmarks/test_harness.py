@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 
-from benchmarks import harness, measure, plot
-from benchmarks.harness import Cost, Preset, Target, Work
+from benchmarks import check, harness, measure, modules, plot
+from benchmarks.work import Cost, Preset, Target, Unavailable, Work
 from onevocab.common.errors import UserError
 from onevocab.kernels.backend import Choice
 
-NAMES = ("attention", "cross_entropy", "decode", "norms", "shared_prefix", "train_step", "vq")
+NAMES = modules.names()
 CPU = torch.device("cpu")
 
 
@@ -109,12 +109,28 @@ def test_a_lost_gpu_goes_on_in_a_new_process(tmp_path, monkeypatch):
     assert "illegal address" in (tmp_path / "targets-cpu-tiny.md").read_text()
 
 
+def test_the_gpu_plan_is_found_and_in_order_of_interest():
+    from benchmarks import gpu
+
+    benchmarks, problems = gpu.found()
+    plan = gpu.plan(benchmarks)
+    assert not problems and list(benchmarks) == NAMES
+    assert plan[:4] == [("attention", "causal", 3), ("attention", "packed", 3), ("attention", "shared-prefix", 2),
+                        ("train_step", "packed", 2)]
+    every = {(name, title) for name, presets in benchmarks.items() for title in presets}
+    left_out = every - {each[:2] for each in plan}
+    assert left_out == {("train_step", "answers"), ("train_step", "mixed")}
+    kernels = {name for name, presets in benchmarks.items() if all(preset.kernel for preset in presets.values())}
+    assert {"attention", "cross_entropy", "decode", "norms", "vq"} <= kernels
+    assert not kernels & {"train_step", "shared_prefix"}
+
+
 def test_nothing_measured_is_a_problem(tmp_path, monkeypatch, capsys):
     from benchmarks import gpu
 
     monkeypatch.setattr(gpu, "small_checks", lambda *_: ([], []))
     with pytest.raises(SystemExit) as stop:
-        gpu.main(["--device", "cpu", "--tiny", "--start", str(len(gpu.PLAN)), "--out", str(tmp_path)])
+        gpu.main(["--device", "cpu", "--tiny", "--start", str(len(gpu.plan(gpu.found()[0]))), "--out", str(tmp_path)])
     assert stop.value.code == 1 and "nothing was measured" in capsys.readouterr().err
 
 
@@ -126,7 +142,7 @@ def test_what_the_memory_checker_says(summary, code, wrong, tmp_path, monkeypatc
     tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    verdict, found = gpu.sanitize(30)
+    verdict, found = gpu.sanitize(["vq"], 30)
     assert found == wrong and summary in verdict
 
 
@@ -141,10 +157,10 @@ def test_a_nearly_as_near_code_passes_and_a_farther_one_does_not():
 
     work = vq.build({"latents": 3, "dim": 4, "codes": 2}, CPU, torch.float32)
     inputs, ours = calls(1.2e-7)
-    assert 0 < harness.check(work, ours, inputs)["ours"]["worst_error_over_bound"] <= 1
+    assert 0 < check.check(work, ours, inputs)["ours"]["worst_error_over_bound"] <= 1
     inputs, ours = calls(1e-4)
     with pytest.raises(UserError, match="output 0"):
-        harness.check(work, ours, inputs)
+        check.check(work, ours, inputs)
 
 
 def test_ours_that_cannot_start_stops_the_benchmark():
@@ -167,15 +183,15 @@ def test_ours_that_cannot_start_stops_the_benchmark():
 def test_a_bound_that_is_not_finite_is_refused():
     work = Work(lambda: (), {}, lambda x: x / 0, {})
     with pytest.raises(UserError, match="not finite"):
-        harness.check(work, {"ours": lambda x: x}, (torch.ones(3),))
+        check.check(work, {"ours": lambda x: x}, (torch.ones(3),))
 
 
 def test_ours_on_a_gpu_must_be_triton(monkeypatch):
-    monkeypatch.setattr(harness, "chosen", lambda: {"attention": Choice("torch", "head dims"),
+    monkeypatch.setattr(check, "chosen", lambda: {"attention": Choice("torch", "head dims"),
                                                     "other": Choice("triton", "")})
-    harness.require_triton(("other",))
+    check.require_triton(("other",))
     with pytest.raises(UserError, match="attention ran as torch .*nothing was timed"):
-        harness.require_triton(("attention", "other"))
+        check.require_triton(("attention", "other"))
 
 
 def test_backward_builds_its_graph_before_the_clock():
@@ -303,7 +319,7 @@ def test_peers_have_our_weights_and_gradients(monkeypatch):
     assert all(each["worst_error_over_bound"] <= 1 for each in found["checked"].values())
     assert all("pip install" in reason for name, reason in found["not_run"].items() if name in ("litgpt", "torchtitan"))
     monkeypatch.setitem(sys.modules, "litgpt.model", None)
-    with pytest.raises(harness.Unavailable, match="pip install"):
+    with pytest.raises(Unavailable, match="pip install"):
         peers.litgpt(None, 100)
 
 
@@ -345,6 +361,6 @@ def test_a_network_with_one_wrong_gradient_is_found():
 
     inputs = torch.randn(1000), torch.randn(3)
     work = Work(lambda: inputs, {}, network(1.0), {}, differentiable=2, whole=True)
-    assert harness.check(work, {"ours": network(1.0)}, inputs)["ours"]["worst_error_over_bound"] <= 1
+    assert check.check(work, {"ours": network(1.0)}, inputs)["ours"]["worst_error_over_bound"] <= 1
     with pytest.raises(UserError, match="the worst of loss and gradients"):
-        harness.check(work, {"ours": network(1.0001)}, inputs)
+        check.check(work, {"ours": network(1.0001)}, inputs)
