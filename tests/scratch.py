@@ -1,6 +1,10 @@
 """Other checkouts than the one under test: a package `onevocab` that stands before the installed one."""
 
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 
 def link_package(root: Path, where: Path, leave_out: tuple[str, ...] = ()) -> Path:
@@ -16,3 +20,16 @@ def link_package(root: Path, where: Path, leave_out: tuple[str, ...] = ()) -> Pa
         if inside and folder.name not in ("benchmarks", "docs", "tests", *leave_out):
             (package / folder.name).symlink_to(folder.resolve())
     return package
+
+
+def copy_checkout(root: Path, where: Path) -> Path:
+    """A copy of the checkout `root` as a new folder `where`: what git tracks, or would; returns it."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, sorted(set(done.stdout.split("\0")))):
+        if (root / name).is_file():  # else deleted, and not yet committed
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, where / name)
+    return where
