@@ -1,6 +1,7 @@
 """What the reference and the torch form need of a cache: its pages gathered, and which keys a query sees."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -10,7 +11,7 @@ def gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
     Entries behind a row's last page are never looked at by its queries and may be anything.
     """
     table = block_table.long().clamp(0, len(pages) - 1)
-    return pages[table].transpose(1, 2).flatten(2, 3)
+    return rearrange(pages[table], "b pages kv_heads page d -> b kv_heads (pages page) d")
 
 
 def visible_keys(lengths: Tensor, queries: int, n_keys: int) -> Tensor:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.backend import chosen
@@ -20,7 +21,7 @@ def paged(k, v, page):
     per_row = -(-keys // page)
     table = torch.arange(batch * per_row, dtype=torch.int32).flip(0).reshape(batch, per_row)
     padded = (F.pad(x, (0, 0, 0, per_row * page - keys)) for x in (k, v))
-    pages = [x.unflatten(2, (per_row, page)).transpose(1, 2).flatten(0, 1).flip(0) for x in padded]
+    pages = [rearrange(x, "b heads (pages page) d -> (b pages) heads page d", page=page).flip(0) for x in padded]
     return *pages, table
 
 
