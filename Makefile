@@ -45,7 +45,7 @@ smoke: $(VENV)/.demo
 bench: $(VENV)/.dev
 	$(RUN) $(THREADS) python -m benchmarks.train_step --device cpu --seconds 30 --out benchmarks/results/train_step-cpu.json
 
-# No set-up: a bare CUDA image with torch, triton and numpy is enough.
+# No set-up: a bare CUDA image with torch, triton, numpy and einops is enough.
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import harness
-from benchmarks.harness import Cost, Preset, Target, Unavailable, Work
+from benchmarks import command
+from benchmarks.work import OURS, Cost, Preset, Target, Unavailable, Work
+from onevocab.common.errors import UserError
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference
 
 FLASH, CUDNN, VARLEN = "SDPA flash", "SDPA cuDNN", "flash, variable length"
@@ -165,7 +166,7 @@ def build(kind: str):
     def make(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
         rows, heads, kv_heads, dim = (shape[name] for name in ("rows", "heads", "kv_heads", "head_dim"))
         if heads % kv_heads:
-            raise harness.UserError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
+            raise UserError(f"heads={heads} must be a multiple of kv_heads={kv_heads}")
         length = shape.get("length") or shape["prefix"] + shape["questions"] * shape["question"]
         if kind == "shared":
             document, prefix = (x.to(device) for x in shared(rows, shape["prefix"], shape["questions"],
@@ -194,7 +195,7 @@ def build(kind: str):
                        "shared": lambda: intervals(mask())}[kind]()
             return flex(visible, None if kind == "causal" else rows, length, device)
 
-        providers = {harness.OURS: ours, FLEX: flexible}
+        providers = {OURS: ours, FLEX: flexible}
         if kind == "causal":
             providers |= {CAUSAL: sdpa}
             if device.type == "cuda":
@@ -245,6 +246,7 @@ PRESETS = {
         {"cpu": [Target("time", step, ANY_DENSE, at_least=2.0) for step in ("forward", "both", "fresh both")],
          "cuda": [Target("time", "fresh both", ANY_DENSE, at_least=3.0),
                   Target("time", "fresh both", (FLEX,), at_least=1.2)]},
+        turn=20, share=3,
     ),
     "causal": Preset(
         "plain causal rows", build("causal"),
@@ -252,6 +254,7 @@ PRESETS = {
         {"cuda": [Target("time", "forward", (FLASH,), at_least=1.3), Target("time", "forward", (CUDNN,), at_least=0.75),
                   Target("time", "forward", (FLEX,), at_least=1.0), Target("time", "backward", (FLASH,), at_least=0.9),
                   Target("time", "backward", (FLEX,), at_least=1.0)]},
+        turn=10, share=3,
     ),
     "shared-prefix": Preset(
         "one picture and independent questions about it in a row", build("shared"),
@@ -260,6 +263,7 @@ PRESETS = {
          "tiny": without_length(TINY) | {"prefix": 40, "questions": 3, "question": 9}},
         {"cuda": [Target("time", "fresh both", ANY_DENSE, at_least=3.0),
                   Target("time", "fresh both", (FLEX,), at_least=1.2)]},
+        turn=30, share=2,
     ),
     "window": Preset(
         "a window and sinks within documents", build("window"),
@@ -267,10 +271,11 @@ PRESETS = {
          "cuda": GPU | {"documents": 2, "window": 1024, "sinks": 4},
          "tiny": TINY | {"documents": 3, "window": 16, "sinks": 2}},
         {"cuda": [Target("time", "fresh both", (FLEX,), at_least=1.2)]},
+        turn=150,
     ),
 }
 
-main = harness.main("attention", __doc__, PRESETS)
+main = command.main("attention", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

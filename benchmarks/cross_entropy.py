@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import harness
-from benchmarks.harness import Cost, Preset, Target, Unavailable, Work
+from benchmarks import command
+from benchmarks.work import OURS, Cost, Preset, Target, Unavailable, Work
 from onevocab.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 LOGITS, COMPILED = "logits, F.cross_entropy", "torch.compile of logits, F.cross_entropy"
@@ -84,7 +84,7 @@ def build(weighted: bool):
             return hidden, head, torch.randint(vocabulary, (n,), device=device), weights
 
         providers = {
-            harness.OURS: lambda: lambda *given: linear_cross_entropy(*given, z_loss).loss,
+            OURS: lambda: lambda *given: linear_cross_entropy(*given, z_loss).loss,
             LOGITS: lambda: lambda *given: stored_logits(*given, z_loss),
             COMPILED: lambda: lambda *given: compiled()(*given, z_loss),
         }
@@ -111,15 +111,17 @@ PRESETS = {
                  Target("time", "both", (TORCH, TORCH_PLAIN), at_most=1.1),
                  Target("memory", "both", (TORCH,), at_most=1.1)],
          "cuda": [SMALL, Target("time", "both", (COMPILED,), at_most=1.1)]},
+        turn=70, share=2,
     ),
     "weighted": Preset(
         "weights per token, a quarter of them zero, and z-loss", build(True), {"cpu": CPU, "cuda": GPU, "tiny": TINY},
         {"cpu": [SMALL, Target("time", "both", (LOGITS,), at_most=1.1)],
          "cuda": [SMALL, Target("time", "both", (COMPILED,), at_most=1.1)]},
+        turn=140,
     ),
 }
 
-main = harness.main("cross_entropy", __doc__, PRESETS)
+main = command.main("cross_entropy", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

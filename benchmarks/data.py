@@ -208,7 +208,8 @@ def loader_numbers(folder: Path, samples: int = 1_000_000, shards: int = 10) -> 
 
     loader = start()
     batches = [loader.next_batch() for _ in range(64)]
-    useful = sum(int((batch.document_ids >= 0).sum()) for batch in batches) / sum(batch.ids.numel() for batch in batches)
+    total = sum(batch.ids.numel() for batch in batches)
+    useful = sum(int((batch.document_ids >= 0).sum()) for batch in batches) / total
     state = loader.state_dict() | {"window": loader.windows // 2, "row": 3}
     seconds = []
     for _ in range(5):

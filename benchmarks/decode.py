@@ -11,10 +11,12 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
+from benchmarks import command
 from benchmarks.attention import FLEX, REFERENCE, compiled_flex
-from benchmarks.harness import Cost, Preset, Target, Work
-from onevocab.kernels.decode import decode_attention, decode_attention_reference, gather_pages, visible_keys
+from benchmarks.work import OURS, Cost, Preset, Target, Work
+from onevocab.common.errors import UserError
+from onevocab.kernels.decode import decode_attention, decode_attention_reference
+from onevocab.kernels.decode.cache import gather_pages, visible_keys
 
 SDPA, SDPA_GROUPED = "SDPA, mask of lengths", "SDPA, mask of lengths, heads as queries"
 SDPA_PLAIN = "SDPA without a mask"  # where all rows have the whole context
@@ -56,7 +58,7 @@ def build(page: int | None):
         rows, heads, kv_heads, dim, context = (
             shape[name] for name in ("rows", "heads", "kv_heads", "head_dim", "context"))
         if heads % kv_heads or page and context % page:
-            raise harness.UserError("heads must be a multiple of kv_heads, context of the page")
+            raise UserError("heads must be a multiple of kv_heads, context of the page")
         lengths = torch.randint(-(-context // 2), context + 1, (rows,)).to(device)
         lengths[0] = context
         table = None
@@ -69,7 +71,7 @@ def build(page: int | None):
             return tuple(torch.randn(each, device=device, dtype=dtype) for each in shapes)
 
         providers = {
-            harness.OURS: lambda: lambda q, k, v: decode_attention(q, k, v, lengths, table),
+            OURS: lambda: lambda q, k, v: decode_attention(q, k, v, lengths, table),
             SDPA: lambda: sdpa(lengths, False, table, context),
             SDPA_GROUPED: lambda: sdpa(lengths, True, table, context),
             REFERENCE: lambda: lambda q, k, v: decode_attention_reference(q, k, v, lengths, table),
@@ -107,20 +109,23 @@ PRESETS = {
     "long": Preset(
         "one row with a long context", build(None), {"cpu": CPU, "cuda": GPU, "tiny": TINY | {"rows": 1}},
         {"cuda": [Target("time", "forward", (SDPA, SDPA_GROUPED, SDPA_PLAIN), at_least=2.0)]},
+        turn=50,
     ),
     "batch": Preset(
         "many rows of different lengths", build(None),
         {"cpu": CPU | {"rows": 16, "context": 1024}, "cuda": GPU | FULL, "tiny": TINY},
         {"cuda": [Target("copy", "forward", at_least=0.8)]},
+        turn=60,
     ),
     "paged": Preset(
         "the same with a cache in pages of 16 keys", build(16),
         {"cpu": CPU | {"rows": 16, "context": 1024}, "cuda": GPU | FULL, "tiny": TINY},
         {"cuda": [Target("copy", "forward", at_least=0.8)]},
+        turn=130,
     ),
 }
 
-main = harness.main("decode", __doc__, PRESETS)
+main = command.main("decode", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu --out benchmarks/results
 
-Runs from a plain checkout with torch, triton and numpy; nothing has to be installed. Each benchmark checks what it
-times and writes `<name>-<device>.json` and `.md` (and `.png` with matplotlib), the most wanted first. Then the kernels
-are checked on small shapes in other dtypes, and under compute-sanitizer where it is installed. A benchmark that fails
-does not stop the others; the exit code says whether one did. After each a table of targets and what was measured.
+Runs from a plain checkout with torch, triton, numpy and einops; nothing has to be installed. Every benchmark of presets
+takes part (`Preset` says when, and for how long), checks what it times and writes `<name>-<device>.json` and `.md` (and
+`.png` with matplotlib), the most wanted first. Then the kernels are checked on small shapes in other dtypes, and under
+compute-sanitizer where it is installed. A benchmark that fails does not stop the others; the exit code says whether one
+did. After each a table of targets and what was measured.
 
 After a CUDA error that stays (an illegal address) nothing runs in its process any more: a new one goes on with what is
 left of the plan and of the time.
@@ -20,44 +21,56 @@ import subprocess
 import sys
 import time
 import traceback
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from benchmarks import checkout, harness
+from benchmarks import checkout, harness, modules
+from benchmarks.check import first_line
 from benchmarks.plot import number, publish
+from benchmarks.work import LONG_TO_SHORT, OURS, Preset
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import read_json, write_atomic, write_json
 
-# (module, preset, share of the time): in order of interest; time that one leaves over goes to those after it.
-PLAN = (
-    ("attention", "causal", 3), ("attention", "packed", 3), ("attention", "shared-prefix", 2),
-    ("train_step", "packed", 2), ("decode", "long", 1), ("decode", "batch", 1), ("cross_entropy", "plain", 2),
-    ("norms", "rms_norm", 1), ("norms", "swiglu", 1), ("norms", "qk_norm_rope", 1), ("norms", "add_rms_norm", 1),
-    ("vq", "small", 1), ("decode", "paged", 1), ("cross_entropy", "weighted", 1), ("attention", "window", 1),
-    ("vq", "wide", 1), ("shared_prefix", "questions", 1),
-)
-CHECKED = ("attention", "decode", "cross_entropy", "norms", "vq")
 LEAST = {"cuda": 75, "cpu": 5}  # seconds: less is not enough for a preset's checks and compiling
 RESERVED = 75  # seconds for the memory checker, on a GPU
 
 
-def small_checks(device: torch.device, dtypes: tuple[str, ...], deadline: float) -> tuple[list[str], list[str]]:
-    """Every preset's tiny shape in these dtypes, ours against float64: (what failed, what there was no time for)."""
+def found() -> tuple[dict[str, dict[str, Preset]], list[str]]:
+    """benchmark -> its presets, of every module that has some; and what kept others from being imported."""
+    benchmarks, problems = {}, []
+    for name in modules.names():
+        try:
+            benchmarks[name] = modules.presets(name)
+        except Exception as error:
+            problems.append(f"{name}: {first_line(error)}")
+    return benchmarks, problems
+
+
+def plan(benchmarks: dict[str, dict[str, Preset]]) -> list[tuple[str, str, int]]:
+    """(benchmark, preset, share of the time) by turn; time that one leaves over goes to those after it."""
+    turns = [(preset.turn, name, title, preset.share) for name, presets in benchmarks.items()
+             for title, preset in presets.items() if preset.turn is not None]
+    return [(name, title, share) for _, name, title, share in sorted(turns)]
+
+
+def small_checks(benchmarks: dict[str, dict[str, Preset]], device: torch.device, dtypes: tuple[str, ...],
+                 deadline: float) -> tuple[list[str], list[str]]:
+    """Every kernel's tiny shapes in these dtypes, ours against float64: (what failed, what there was no time for)."""
     failed, left_out = [], []
-    for name in CHECKED:
-        presets = import_module(f"benchmarks.{name}").PRESETS
-        for title in presets:
+    for name, presets in benchmarks.items():
+        for title, preset in presets.items():
+            if not preset.kernel:
+                continue
             for dtype in dtypes:
                 if time.monotonic() > deadline:
                     left_out.append(f"check of {name} {title} {dtype}: no time left")
                     continue
                 try:
                     harness.run(name, presets, [title], device, dtype=dtype, tiny=True, just_check=True,
-                                only=(harness.OURS,))
+                                only=(OURS,))
                 except Exception as error:
-                    failed.append(f"{name} {title} {dtype}: {harness.first_line(error)}")
+                    failed.append(f"{name} {title} {dtype}: {first_line(error)}")
                     if not alive(device):
                         return failed, [*left_out, f"checks after {name} {title} {dtype}: the GPU's context is lost"]
     return failed, left_out
@@ -75,13 +88,13 @@ def alive(device: torch.device) -> bool:
     return True
 
 
-def sanitize(seconds: float) -> tuple[str, bool]:
-    """compute-sanitizer's memory check of the tiny shapes: its verdict in a line, and whether it found something."""
+def sanitize(kernels: list[str], seconds: float) -> tuple[str, bool]:
+    """compute-sanitizer's memory check of these benchmarks' tiny shapes: its verdict, whether it found something."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not tool:
         return "not run: compute-sanitizer is not installed", False
-    words = ["--tiny", "--check", "--device", "cuda", "--providers", harness.OURS]
-    script = (f"from importlib import import_module\nfor name in {CHECKED}:\n"
+    words = ["--tiny", "--check", "--device", "cuda", "--providers", OURS]
+    script = (f"from importlib import import_module\nfor name in {kernels}:\n"
               f"    import_module('benchmarks.' + name).main({words})")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all",
                sys.executable, "-c", script]
@@ -111,7 +124,7 @@ def targets_table(results: dict[str, dict]) -> str:
                 wanted = f">= {target['at_least']}" if target["at_most"] is None else f"<= {target['at_most']}"
                 ceiling = "data sheet" if target["quantity"] == "mfu" else "copy bandwidth"
                 against = " or ".join(target["against"]) or ceiling
-                step = harness.LONG_TO_SHORT.get(target["step"], target["step"])
+                step = LONG_TO_SHORT.get(target["step"], target["step"])
                 verdict = {True: "met", False: "not met", None: "not measured"}[target["met"]]
                 lines.append(f"| {name}, {title} | {target['quantity']}, {step} | {against} | {wanted} | "
                              f"{number(target['measured'])} | {verdict} |")
@@ -128,7 +141,7 @@ def write_targets(path: Path, label: str, results: dict, checked: str, problems:
 
 
 def go_on(args: argparse.Namespace, start: int, minutes: float, kept: list, problems: list, left_out: list) -> None:
-    """Replaces this process by a new one that goes on at PLAN[start]; with a problem it ends with exit code 1."""
+    """Replaces this process by a new one that goes on at plan()[start]; with a problem it ends with exit code 1."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(args.out.resolve()), "--minutes", f"{minutes:.3f}",
                "--device", args.device, "--start", str(start)]
     command += ["--tiny"] * args.tiny + ["--json-only"] * args.json_only
@@ -155,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here. On a CPU: python -m benchmarks.attention, and the others one by one")
-    if not args.minutes > 0 or not 0 <= args.start <= len(PLAN):
+    if not args.minutes > 0:
         raise UserError("--minutes must be positive")
     faulthandler.dump_traceback_later(60 * args.minutes + 20, exit=True, file=sys.__stderr__)  # a kernel that hangs
     try:
@@ -173,29 +186,30 @@ def measure_all(args: argparse.Namespace) -> None:
     page = args.out / f"targets-{label}.md"
     print(f"{label}, torch {torch.__version__}; {args.minutes:g} minutes", flush=True)
     results = {name: read_json(args.out / f"{name}-{label}.json") for name in args.kept}
-    problems, left_out = list(args.problem), list(args.left_out)
-    for i, (name, title, share) in enumerate(PLAN):
+    benchmarks, missing = found()
+    problems, left_out = list(dict.fromkeys([*args.problem, *missing])), list(args.left_out)
+    queue = plan(benchmarks)
+    for i, (name, title, share) in enumerate(queue):
         if i < args.start:
             continue
         left = timed - time.monotonic()
         if left < LEAST[args.device]:
             left_out.append(f"{name} {title}: no time left")
             continue
-        shares = sum(other for _, _, other in PLAN[i:])
+        shares = sum(other for _, _, other in queue[i:])
         broken = False
         try:
-            presets = import_module(f"benchmarks.{name}").PRESETS
             seconds = left * share / shares / 8  # checks, compiling and warming up take the larger part
-            found = harness.run(name, presets, [title], device, tiny=args.tiny, seconds=seconds, repetitions=100)
-            merged = results.setdefault(name, found)
-            merged["presets"] |= found["presets"]
+            new = harness.run(name, benchmarks[name], [title], device, tiny=args.tiny, seconds=seconds, repetitions=100)
+            merged = results.setdefault(name, new)
+            merged["presets"] |= new["presets"]
             merged["command"] = "python -m benchmarks.gpu"
             write_json(args.out / f"{name}-{label}.json", merged)  # what was measured stays, whatever comes next
             if not args.json_only:
                 publish(args.out / f"{name}-{label}.json")
         except Exception as error:
             traceback.print_exc()
-            problems.append(f"{name} {title}: {harness.first_line(error)}")
+            problems.append(f"{name} {title}: {first_line(error)}")
             broken = True
         write_targets(page, label, results, "not run yet", problems, left_out)
         if broken and not alive(device):
@@ -203,11 +217,13 @@ def measure_all(args: argparse.Namespace) -> None:
     if not results:
         problems.append("nothing was measured")
 
-    failed, unchecked = small_checks(device, ("float32",) if args.device == "cpu" else ("float16", "float32"), timed)
+    dtypes = ("float32",) if args.device == "cpu" else ("float16", "float32")
+    failed, unchecked = small_checks(benchmarks, device, dtypes, timed)
     problems, left_out = problems + failed, left_out + unchecked
     left, checked = deadline - time.monotonic(), "not run: no GPU, or no time left"
     if left > 20 and args.device == "cuda":
-        checked, wrong = sanitize(left)
+        kernels = [name for name, presets in benchmarks.items() if any(each.kernel for each in presets.values())]
+        checked, wrong = sanitize(kernels, left)
         problems += [f"memory checker: {checked}"] * wrong
     table = write_targets(page, label, results, checked, problems, left_out)
     print(f"\n{table}\nmemory checker: {checked}")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
+from benchmarks import command
 from benchmarks.attention import REFERENCE
-from benchmarks.harness import Cost, Preset, Target, Work
+from benchmarks.work import OURS, Cost, Preset, Target, Work, roundings_of_sum
 from onevocab.kernels.elementwise import (
     qk_norm_rope,
     qk_norm_rope_reference,
@@ -82,14 +82,14 @@ def build(operation: str):
             x = random(1, tokens, dim // head_dim, head_dim)
             return x, random(head_dim), angle.cos().to(dtype), angle.sin().to(dtype)
 
-        providers = {harness.OURS: lambda: ours, TORCH: lambda: plain, COMPILED: lambda: compiled(definition),
+        providers = {OURS: lambda: ours, TORCH: lambda: plain, COMPILED: lambda: compiled(definition),
                      REFERENCE: lambda: definition}
         one = tokens * dim * dtype.itemsize
         costs = {"forward": Cost(tokens * dim * 5, forward * one), "both": Cost(tokens * dim * 15, both * one)}
         # The weight's gradient, the last value, is a sum over all tokens (and their heads).
         terms = tokens * (dim // shape["head_dim"] if operation == "qk_norm_rope" else 1)
         ones = (1.0,) * (differentiable + (operation == "add_rms_norm"))
-        roundings = ones + ((1.0,) if operation == "swiglu" else (harness.roundings_of_sum(terms),))
+        roundings = ones + ((1.0,) if operation == "swiglu" else (roundings_of_sum(terms),))
         return Work(inputs, providers, definition, costs, differentiable, roundings=roundings,
                     operations=("rms_norm" if operation == "add_rms_norm" else operation,))
 
@@ -100,6 +100,7 @@ CPU, GPU, TINY = {"tokens": 4096, "dim": 1024}, {"tokens": 32768, "dim": 4096}, 
 HEADS = {"cpu": {"head_dim": 64}, "cuda": {"head_dim": 128}, "tiny": {"head_dim": 16}}
 DESCRIPTIONS = {"rms_norm": "RMSNorm", "add_rms_norm": "a residual added, then RMSNorm; both results",
                 "qk_norm_rope": "RMSNorm of each head, then rotary positions", "swiglu": "silu(gate) * up"}
+TURNS = {"rms_norm": 80, "swiglu": 90, "qk_norm_rope": 100, "add_rms_norm": 110}
 
 PRESETS = {
     name: Preset(
@@ -107,11 +108,12 @@ PRESETS = {
         {kind: size | (HEADS[kind] if name == "qk_norm_rope" else {})
          for kind, size in (("cpu", CPU), ("cuda", GPU), ("tiny", TINY))},
         {"cuda": [Target("copy", "forward", at_least=0.85), Target("copy", "both", at_least=0.85)]},
+        turn=TURNS[name],
     )
     for name in OPERATIONS
 }
 
-main = harness.main("norms", __doc__, PRESETS)
+main = command.main("norms", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

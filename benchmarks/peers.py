@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Unavailable
+from benchmarks.work import Unavailable
 from onevocab.model.decoder import qwen3_config
 
 LITGPT = "pip install --no-deps litgpt lightning lightning-utilities pytorch-lightning torchmetrics jsonargparse psutil"

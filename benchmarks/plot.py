@@ -8,7 +8,7 @@ Writes the same name with .md and .png. The table needs nothing; the picture nee
 import argparse
 from pathlib import Path
 
-from benchmarks.harness import LONG_TO_SHORT, OURS
+from benchmarks.work import LONG_TO_SHORT, OURS
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import read_json, write_atomic
 

@@ -24,7 +24,7 @@ from onevocab.training.precision import select_precision
 STEP, OPTIMIZER = "training step", "the optimizer"
 # An operator belongs to the first scope around it that is named here; matmuls and what is not arithmetic to themselves.
 SCOPES = ((OPTIMIZER, "optimizer"), ("_ByDocument", "attention"),
-          ("flash_attention", "attention"), ("_LinearCrossEntropy", "loss"), ("_QKNormRope", "norms, rotary"),
+          ("flash_attention", "attention"), ("LinearCrossEntropy", "loss"), ("_QKNormRope", "norms, rotary"),
           ("_RMSNorm", "norms, rotary"), ("_SwiGLU", "SwiGLU"), ("embedding", "embedding"))
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::linear",
            "aten::matmul", "aten::mkldnn_linear", "aten::_addmm_activation")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks import harness
+from benchmarks import command
 from benchmarks.attention import shared
-from benchmarks.harness import Cost, Preset, Target, Work
+from benchmarks.work import OURS, Cost, Preset, Target, Work
 from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
@@ -76,7 +76,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
     tokens = prefix + questions * question
     costs = {"both": Cost(6 * matrices * tokens, matrices * dtype.itemsize * 3)}
     return Work(lambda: tuple(p.detach() for p in model.parameters()),
-                {harness.OURS: lambda: prepare(one_row), ROWS: lambda: prepare(many_rows)}, definition, costs,
+                {OURS: lambda: prepare(one_row), ROWS: lambda: prepare(many_rows)}, definition, costs,
                 differentiable=len(names), notes=[f"{tokens} positions in one row, {many_rows['ids'].numel()} in rows; "
                                                   "FLOPs without attention's"],
                 operations=("attention", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "swiglu"), whole=True)
@@ -89,10 +89,11 @@ PRESETS = {
         {"cpu": SHAPE, "cuda": SHAPE | {"prefix": 1024, "question": 64, "dim": 1024, "layers": 8, "vocabulary": 32768},
          "tiny": {"prefix": 20, "questions": 3, "question": 5, "dim": 64, "layers": 2, "vocabulary": 50}},
         {kind: [Target("time", "both", (ROWS,), at_most=0.4)] for kind in ("cpu", "cuda")},
+        turn=170, kernel=False,
     ),
 }
 
-main = harness.main("shared_prefix", __doc__, PRESETS)
+main = command.main("shared_prefix", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from benchmarks import harness, peers
+from benchmarks import command, peers
 from benchmarks.batches import Batch, mixed_batches, padded, uniform_batches
-from benchmarks.harness import Cost, Preset, Target, Work
+from benchmarks.work import OURS, Cost, Preset, Target, Unavailable, Work
 from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
@@ -159,7 +159,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
         peer = peers.transformers(config, vocabulary, padded=True)
         return theirs(peer, precision, [moved(padded({name: x.cpu() for name, x in b.items()})) for b in batches])
 
-    providers = {harness.OURS: ours, MUON: lambda: ours(muon), THEIRS: transformers}
+    providers = {OURS: ours, MUON: lambda: ours(muon), THEIRS: transformers}
     if make is mixed_batches:
         providers |= {PADDED: one_a_row, LITGPT: lambda: theirs(peers.litgpt(config, vocabulary)),
                       TORCHTITAN: lambda: theirs(peers.torchtitan(config, vocabulary)),
@@ -171,7 +171,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
         providers[TORCH] = lambda: ours(backend="torch")
     try:
         oracle, who = theirs(peers.widened(peers.transformers(config, vocabulary))), "transformers"
-    except harness.Unavailable:
+    except Unavailable:
         oracle, who = ours(backend="reference"), "the kernels' definitions"
 
     def definition(*parameters: Tensor) -> Tensor:
@@ -206,14 +206,14 @@ SHAPES = {"cpu": DEMO, "cuda": LARGE, "tiny": TINY}
 AUTO = {"cpu": "auto", "cuda": "auto"}
 PRESETS = {
     name: Preset(description, build, {kind: size | LENGTHS[kind] | {"counted": counted}
-                                      for kind, size in SHAPES.items()}, TARGETS, AUTO)
-    for name, description, counted in (("packed", "every token counts, as in pretrain", 100),
-                                       ("answers", "40% of the tokens count, as in instruct", 40))
+                                      for kind, size in SHAPES.items()}, TARGETS, AUTO, turn, share=2, kernel=False)
+    for name, description, counted, turn in (("packed", "every token counts, as in pretrain", 100, 40),
+                                            ("answers", "40% of the tokens count, as in instruct", 40, None))
 }
 PRESETS["mixed"] = Preset("text, pictures and sounds as in pretrain, beside padded rows and other trainers' models",
-                          partial(build, make=mixed_batches), SHAPES, MIXED, AUTO)
+                          partial(build, make=mixed_batches), SHAPES, MIXED, AUTO, turn=None, kernel=False)
 
-main = harness.main("train_step", __doc__, PRESETS)
+main = command.main("train_step", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks import harness
-from benchmarks.harness import Cost, Preset, Target, Work
+from benchmarks import command
+from benchmarks.work import OURS, Cost, Preset, Target, Work, roundings_of_sum
 from onevocab.kernels.vq import vq_assign
 
 CDIST, MATMUL, COMPILED = "torch.cdist, argmin", "matmul, argmin", "torch.compile of matmul, argmin"
@@ -50,12 +50,12 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype) -> Work:
         return tuple(torch.nn.functional.normalize(torch.randn(m, dim, device=device), dim=-1).to(dtype)
                      for m in (n, codes))
 
-    providers = {harness.OURS: lambda: vq_assign, CDIST: lambda: by_cdist, MATMUL: lambda: by_matmul,
+    providers = {OURS: lambda: vq_assign, CDIST: lambda: by_cdist, MATMUL: lambda: by_matmul,
                  COMPILED: lambda: compiled()}
     cost = Cost(2 * n * dim * codes, (n + codes) * dim * dtype.itemsize + 8 * n)
     # Rows have length 1: a score |c|^2 - 2 z.c is off by three sums' errors, and two scores are compared.
     return Work(inputs, providers, in_pieces, {"forward": cost}, compared=distances,
-                operations=("vq_assign",), roundings=2 * 3 * harness.roundings_of_sum(dim))
+                operations=("vq_assign",), roundings=2 * 3 * roundings_of_sum(dim))
 
 
 CPU = {"latents": 16384, "dim": 16, "codes": 4096}
@@ -64,13 +64,15 @@ TARGETS = {"cuda": [Target("time", "forward", (CDIST,), at_least=2.0)]}
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}
 PRESETS = {
     "small": Preset("latents of low dimension, as our tokenizers have", build,
-                    {"cpu": CPU, "cuda": GPU, "tiny": {"latents": 50, "dim": 8, "codes": 33}}, TARGETS, FLOAT32),
+                    {"cpu": CPU, "cuda": GPU, "tiny": {"latents": 50, "dim": 8, "codes": 33}}, TARGETS, FLOAT32,
+                    turn=120),
     "wide": Preset("latents of dimension 64", build,
                    {"cpu": CPU | {"dim": 64}, "cuda": GPU | {"dim": 64},
-                    "tiny": {"latents": 50, "dim": 40, "codes": 33}}, TARGETS, FLOAT32),
+                    "tiny": {"latents": 50, "dim": 40, "codes": 33}}, TARGETS, FLOAT32,
+                   turn=160),
 }
 
-main = harness.main("vq", __doc__, PRESETS)
+main = command.main("vq", __doc__, PRESETS)
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, on
 
 
 class LossWeights(BaseModel):
-    """Weight of a predicted token by its modality; `context_weight` multiplies those that are context, not the answer."""
+    """Weight of a predicted token by its modality; `context_weight` multiplies those of context, not of the answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     text: float = Field(default=1.0, ge=0)
@@ -65,8 +65,8 @@ class Batch:
     """B rows of S tokens; position t predicts token t + 1.
 
     ids, targets, positions: int64 (B, S), positions restart at 0 in every document; loss_weights: float32 (B, S), 0
-    where nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index into
-    the vocabulary's modalities; document_ids: int32 (B, S), a document's number in its row, -1 for padding.
+    where nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index
+    into the vocabulary's modalities; document_ids: int32 (B, S), a document's number in its row, -1 for padding.
     """
 
     ids: torch.Tensor

@@ -1,12 +1,13 @@
 """Compiles every Triton kernel for GPUs that need not be there, and says what each needs of the chip.
 
-    python -m onevocab.kernels.aot --out docs/kernels-aot.json
+    python -m onevocab.kernels.aot --write                                   writes kernels/*/aot.json
     python -m onevocab.kernels.aot --cases attention-128 --targets 90        prints, writes nothing
 
-A case calls a public function on small CPU tensors while launching is replaced by recording, so what is compiled is
-what a GPU would run: the launchers' own arguments, the configs of the tuning table, and Triton's own specialisation
-(strides and pointers that 16 divides). The results are of no use, the compiled code is: shared memory, registers,
-spills (loads and stores of local memory) and the instructions that feed tensor cores, from the disassembly.
+Each operation's folder has its cases, `aot.py`, and the table of what they need, `aot.json`; both are found, not
+listed. A case calls a public function on small CPU tensors while launching is replaced by recording, so what is
+compiled is what a GPU would run: the launchers' own arguments, the configs of the tuning tables, and Triton's own
+specialisation (strides and pointers that 16 divides). The results are of no use, the compiled code is: shared memory,
+registers, spills (loads and stores of local memory) and the instructions that feed tensor cores, from the disassembly.
 Each case is compiled in a process of its own, without the interpreter.
 """
 
@@ -18,13 +19,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
-from torch import Tensor
 
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import read_json, write_json
@@ -34,116 +35,42 @@ TARGETS = (90, 80)
 SHARED_LIMIT = {90: 232_448, 80: 166_912}  # bytes a program may have, CUDA programming guide, table of capabilities
 # Instructions of the disassembly: matrix products (warpgroup, warp), TMA loads, and spills.
 COUNTED = {"HGMMA": "HGMMA", "HMMA": "HMMA", "UTMALDG": "UTMALDG", "LDL": "LDL", "STL": "STL"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 600  # seconds for a case
 
 
-def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+def operations() -> dict[str, ModuleType]:
+    """folder -> its `aot` module, of every folder of `kernels/` that has one."""
+    found = sorted(path.parent.name for path in FOLDER.glob("*/aot.py"))
+    return {folder: import_module(f"onevocab.kernels.{folder}.aot") for folder in found}
 
 
-def _backward(*outputs: Tensor) -> None:
-    torch.autograd.backward(outputs, [torch.zeros_like(x) for x in outputs])
+OPERATIONS = operations()
+CASES = {name: call for module in OPERATIONS.values() for name, call in module.CASES.items()}
+FOLDER_OF = {name: folder for folder, module in OPERATIONS.items() for name in module.CASES}
+# Cases without spills, whose matrix products use warpgroups on Hopper, but for the kernels that multiply nothing.
+MAIN = tuple(name for module in OPERATIONS.values() for name in getattr(module, "MAIN", ()))
+WITHOUT_PRODUCTS = {name for module in OPERATIONS.values() for name in getattr(module, "WITHOUT_PRODUCTS", ())}
 
 
-def _attention(dim: int, dtype: torch.dtype, two: bool) -> None:
-    """Forward and backward, four query heads per key head, rows of 512."""
-    from onevocab.kernels.attention import IntervalMask, attention
-
-    q, k, v = (_leaf(1, 512, heads, dim, dtype=dtype) for heads in (8, 2, 2))
-    document = torch.arange(512)[None] // 128
-    mask = IntervalMask.shared_prefix(document, document.clamp(max=1) - 1) if two else IntervalMask.causal(document)
-    _backward(attention(*(x.transpose(1, 2) for x in (q, k, v)), mask))
-
-
-def _decode(dim: int, dtype: torch.dtype, paged: bool, parts: int | None = None) -> None:
-    """parts: into how many the keys are cut; on CPU tensors the launcher itself would cut little."""
-    from onevocab.kernels.decode import decode_attention
-
-    keys = torch.zeros(2 * 64, 2, 16, dim, dtype=dtype) if paged else torch.zeros(2, 2, 1024, dim, dtype=dtype)
-    table = torch.arange(128, dtype=torch.int32).view(2, 64) if paged else None
-    lengths = torch.full((2,), 1024, dtype=torch.int32)
-    with tuning.forced(decode_attention={"PARTS": parts}) if parts else contextlib.nullcontext():
-        decode_attention(torch.zeros(2, 8, 1, dim, dtype=dtype), keys, keys, lengths, table)
-
-
-def _cross_entropy(vocabulary: int, dtype: torch.dtype) -> None:
-    from onevocab.kernels.cross_entropy import linear_cross_entropy
-
-    targets, weights = torch.zeros(32, dtype=torch.long), torch.ones(32)
-    head = _leaf(vocabulary, 16, dtype=dtype)
-    linear_cross_entropy(_leaf(32, 16, dtype=dtype), head, targets, weights, 1e-4).loss.backward()
-
-
-def _rms_norm(width: int, dtype: torch.dtype, residual: bool) -> None:
-    from onevocab.kernels.elementwise import rms_norm
-
-    x, weight = _leaf(64, width, dtype=dtype), _leaf(width, dtype=dtype)
-    out = rms_norm(x, weight, 1e-6, residual=_leaf(64, width, dtype=dtype) if residual else None)
-    _backward(*(out if residual else (out,)))
-
-
-def _qk_norm_rope(dim: int, dtype: torch.dtype) -> None:
-    from onevocab.kernels.elementwise import qk_norm_rope
-
-    angles = (torch.zeros(1, 64, dim // 2, dtype=dtype) for _ in range(2))
-    _backward(qk_norm_rope(_leaf(1, 64, 4, dim, dtype=dtype), _leaf(dim, dtype=dtype), *angles, 1e-6))
-
-
-def _swiglu(width: int, dtype: torch.dtype) -> None:
-    from onevocab.kernels.elementwise import swiglu
-
-    _backward(swiglu(_leaf(64, width, dtype=dtype), _leaf(64, width, dtype=dtype)))
-
-
-def _vq(dim: int, dtype: torch.dtype) -> None:
-    from onevocab.kernels.vq import vq_assign
-
-    vq_assign(torch.zeros(64, dim, dtype=dtype), torch.zeros(512, dim, dtype=dtype))
-
-
-def _cases() -> dict[str, Callable[[], None]]:
-    """name -> call: together they reach every row of the tuning table that a target can reach."""
-    plan: list[tuple[str, Callable, tuple[int, ...], tuple[str, ...], dict[str, tuple]]] = [
-        ("attention", _attention, (64, 128), ("bf16",), {"": (False,), "-two": (True,)}),
-        ("attention", _attention, (128,), ("fp16", "fp32"), {"-two": (True,)}),
-        ("decode", _decode, (64, 128, 256), ("bf16",), {"": (False,), "-paged": (True,)}),
-        ("decode", _decode, (128,), ("bf16",), {"-parts": (False, 64)}),  # as a GPU would cut a long context
-        ("decode", _decode, (128, 256), ("fp32",), {"": (False,)}),
-        ("cross_entropy", _cross_entropy, (4096, 32768), ("bf16", "fp32"), {"": ()}),
-        ("rms_norm", _rms_norm, (256, 1024, 2048, 4096, 16384), ("bf16",), {"": (False,)}),
-        ("rms_norm", _rms_norm, (1024, 4096), ("bf16", "fp32"), {"-residual": (True,)}),
-        ("qk_norm_rope", _qk_norm_rope, (64, 128, 256), ("bf16",), {"": ()}),
-        ("qk_norm_rope", _qk_norm_rope, (128,), ("fp32",), {"": ()}),
-        ("swiglu", _swiglu, (4096,), ("bf16", "fp32"), {"": ()}),
-        ("vq", _vq, (16, 64, 256), ("fp32", "bf16"), {"": ()}),
-    ]
-    return {
-        f"{name}-{width}-{dtype}{suffix}": lambda call=call, width=width, dtype=dtype, more=more: call(
-            width, DTYPES[dtype], *more)
-        for name, call, widths, dtypes, kinds in plan
-        for width in widths for dtype in dtypes for suffix, more in kinds.items()
-    }
-
-
-CASES = _cases()
-# What a model runs most: these have no spills, and their matrix products use warpgroups on Hopper.
-MAIN = tuple(name for name in CASES if name.startswith(("attention-64-bf16", "attention-128-bf16")))
+def table_path(folder: str) -> Path:
+    """Where an operation's committed table lies."""
+    return FOLDER / folder / "aot.json"
 
 
 @contextlib.contextmanager
 def recording(capability: int, rows: set | None = None) -> Iterator[list]:
     """Within it, kernels are not launched but listed as (function, args, kwargs), for CPU tensors that pass as a
-    device of this capability; rows collects the (operation, width, dtype) that the tuning table was asked for."""
+    device of this capability; rows collects the (operation, width, dtype) that a tuning table was asked for."""
     from triton.runtime.jit import JITFunction
 
     launched: list[tuple] = []
     device, look_up = SimpleNamespace(type="cuda"), tuning.config
 
-    def config(operation, width, dtype, _):
+    def config(table, operation, width, dtype, _):
         if rows is not None:
             rows.add((operation, width, dtype))
-        return look_up(operation, width, dtype, device)
+        return look_up(table, operation, width, dtype, device)
 
     replaced = [
         (JITFunction, "run", lambda self, *args, grid, warmup, **options: launched.append((self, args, options))),
@@ -245,15 +172,24 @@ def problems(table: dict[str, dict[str, list[dict]]]) -> list[str]:
                 if name in MAIN and target == "90":
                     if row["LDL"] or row["STL"]:
                         found.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
-                    if row["kernel"] != "delta_kernel" and not row["HGMMA"]:
+                    if row["kernel"] not in WITHOUT_PRODUCTS and not row["HGMMA"]:
                         found.append(f"{where}: no warpgroup matrix products")
     return found
+
+
+def write_table(folder: str, version: str, found: dict[str, dict[str, list[dict]]]) -> None:
+    """The committed table of one operation: what was found now, and the other cases' entries of the same Triton."""
+    path = table_path(folder)
+    old = read_json(path) if path.exists() else {}
+    kept = old.get("cases", {}) if old.get("triton") == version else {}  # of another version: all anew
+    cases = {name: {**kept.get(name, {}), **found.get(name, {})} for name in OPERATIONS[folder].CASES}
+    write_json(path, {"triton": version, "cases": {name: targets for name, targets in cases.items() if targets}})
 
 
 @cli
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m onevocab.kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, help="JSON table; cases that are not compiled now keep their entries")
+    parser.add_argument("--write", action="store_true", help="kernels/*/aot.json; other cases keep their entries")
     parser.add_argument("--cases", default="", help="regular expression: only cases in whose names it is found")
     parser.add_argument("--targets", type=int, nargs="+", choices=TARGETS, default=TARGETS, help="sm_90, sm_80")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -274,9 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise UserError("triton is not installed: pip install triton") from None
 
-    old = read_json(args.out) if args.out and args.out.exists() else {}
-    kept = old.get("cases", {}) if old.get("triton") == triton.__version__ else {}  # of another version: all anew
-    table: dict[str, dict] = {name: dict(kept.get(name, {})) for name in CASES if name in kept or name in chosen}
+    table: dict[str, dict] = {name: {} for name in chosen}
     todo = [(name, target) for name in chosen for target in args.targets]
     with ThreadPoolExecutor(args.jobs) as pool:
         for (name, target), rows in zip(todo, pool.map(lambda each: in_process(*each), todo), strict=True):
@@ -285,8 +219,9 @@ def main(argv: list[str] | None = None) -> None:
                 counts = ", ".join(f"{row[key]} {key}" for key in COUNTED if row[key])
                 needs = f"{row['shared']:>8,} B shared, {row['reg']:>3} registers" + (f", {counts}" if counts else "")
                 print(f"{name:28} sm_{target} {row['kernel']:20} {needs}", flush=True)
-    if args.out:
-        write_json(args.out, {"triton": triton.__version__, "main": list(MAIN), "cases": table})
+    if args.write:
+        for folder in {FOLDER_OF[name]: None for name in chosen}:
+            write_table(folder, triton.__version__, table)
     broken = problems(table)
     if broken:
         raise UserError("\n".join(["rules broken:", *broken]))

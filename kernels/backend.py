@@ -20,6 +20,7 @@ from torch import Tensor
 
 BACKENDS = ("triton", "torch", "reference")
 VARIABLE = "ONEVOCAB_KERNELS"
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Choice(NamedTuple):
@@ -54,7 +55,13 @@ def forced(backend: str | None):
             os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
 
 
-def choose(operation: str, *tensors: Tensor, backend: str | None = None, unsupported: str | None = None) -> str:
+def unsupported_type(*tensors: Tensor) -> str | None:
+    """Why no Triton kernel takes these tensors, or None."""
+    kinds = sorted({str(x.dtype) for x in tensors if x.is_floating_point() and x.dtype not in TRITON_TYPES})
+    return f"the kernel has no {' or '.join(kinds)}" if kinds else None
+
+
+def select_backend(operation: str, *tensors: Tensor, backend: str | None = None, unsupported: str | None = None) -> str:
     """The backend for `operation` on these tensors: "triton", "torch" or "reference".
 
     unsupported says why Triton cannot take these inputs, None when it can. Raises ValueError when tensors lie on

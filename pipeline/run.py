@@ -30,6 +30,7 @@ from onevocab.tokenizers.image import ImageTokenizer
 from onevocab.tokenizers.text import TextTokenizer
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
+from onevocab.training.faults import run_lock
 from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.precision import device_flops

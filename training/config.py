@@ -13,25 +13,25 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     steps: int = Field(1000, ge=1, description="optimiser steps")
-    micro_batch_size: int = Field(0, ge=0, description="rows of a rank's step that are computed at once; their gradients "
-                                  "are added up (0: all rows)")
-    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every rank has all weights (ddp), or a part of each "
-                                              "(fsdp2)")
-    activation_checkpointing: bool = Field(False, description="compute a layer's activations again in the backward pass "
-                                           "instead of keeping them")
+    micro_batch_size: int = Field(0, ge=0, description="rows of a rank's step that are computed at once; their "
+                                  "gradients are added up (0: all rows)")
+    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every rank has all weights (ddp), or a part of "
+                                              "each (fsdp2)")
+    activation_checkpointing: bool = Field(False, description="compute a layer's activations again in the backward "
+                                           "pass instead of keeping them")
     compile: bool = Field(False, description="run the layers through torch.compile")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matmuls; auto: the faster one "
-                                                              "here")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the matmuls; auto: the faster "
+                                                              "one here")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     z_loss: float = Field(1e-5, ge=0, description="weight of log(Z)^2 (PaLM, Chowdhery et al. 2022)")
     max_grad_norm: float = Field(1.0, gt=0, description="largest norm of the gradients; larger ones are scaled down")
-    new_rows_steps: int = Field(0, ge=0, description="steps at the start that train only the vocabulary's rows which the "
-                                "weights started from did not have")
+    new_rows_steps: int = Field(0, ge=0, description="steps at the start that train only the vocabulary's rows which "
+                                "the weights started from did not have")
     max_bad_steps: int = Field(10, ge=1, description="so many non-finite losses in a row stop the run")
-    stall_seconds: float = Field(1800.0, ge=0, description="a rank that waits so long for data or for another rank ends "
-                                 "the run (0: never)")
+    stall_seconds: float = Field(1800.0, ge=0, description="a rank that waits so long for data or for another rank "
+                                 "ends the run (0: never)")
     log_every: int = Field(20, ge=1, description="steps between two lines of metrics")
-    background_save: Literal["auto", "on", "off"] = Field("auto", description="write checkpoints while training goes on; "
-                                                          "auto: on a GPU")
+    background_save: Literal["auto", "on", "off"] = Field("auto", description="write checkpoints while training goes "
+                                                          "on; auto: on a GPU")
     save_every: int = Field(500, ge=1, description="steps between two checkpoints")

@@ -11,7 +11,7 @@ from onevocab.common.errors import UserError
 from onevocab.training.config import TrainConfig
 from onevocab.training.muon import OptimizerConfig, state_bytes
 from onevocab.training.parallel import recompute_layers
-from onevocab.training.precision import autocast, device_flops
+from onevocab.training.precision import autocast, device_flops, select_precision
 
 PROBE = (2, 128)  # rows and tokens of the batch that the activations are measured on
 

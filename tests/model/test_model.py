@@ -140,7 +140,7 @@ def test_compiled_layers_are_one_graph_for_any_documents():
 
 
 def test_the_attention_that_compilers_see():
-    from onevocab.kernels.attention import _by_document
+    from onevocab.kernels.attention.torch_form import _by_document
 
     q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
     document = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 1, 1, 1, 1, 1]])

@@ -1,0 +1,62 @@
+"""Deliberate faults in the norms, the rotation and the gate, as in `mutations_attention.py`."""
+
+KERNELS = "kernels/elementwise/kernels_triton.py"
+OPS = "kernels/elementwise/ops_triton.py"
+CPU = "kernels/elementwise/torch_form.py"
+PUBLIC = "kernels/elementwise/__init__.py"
+INTERPRETER, FAST = "tests/kernels/interpreter/test_elementwise_triton.py", "tests/kernels/test_elementwise.py"
+
+MUTATIONS = {
+    "the backward pass of RMSNorm without the mean": (
+        KERNELS, "d_x = rstd * (grad - x * (tl.sum(grad * x, 1) / width)[:, None])", "d_x = rstd * grad",
+        INTERPRETER, "",
+    ),
+    "the gradient that reached the sum itself is lost": (
+        KERNELS, "d_x += tl.load(grad_total_ptr", "d_x += 0.0 * tl.load(grad_total_ptr",
+        INTERPRETER, "",
+    ),
+    "the residual is not added before the norm": (
+        KERNELS, "x = total.to(tl.float32)", "x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)",
+        INTERPRETER, "",
+    ),
+    "the mean is over the padded width": (
+        KERNELS,
+        "rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)\n",
+        "rstd = tl.rsqrt(tl.sum(x * x, 1) / BLOCK + eps)\n",
+        INTERPRETER, "",
+    ),
+    "d weight keeps only the last tile of a slab": (
+        KERNELS, "d_weight += tl.sum(grad * x, 0)", "d_weight = tl.sum(grad * x, 0)",
+        INTERPRETER, "",
+    ),
+    "rows between the programs' slabs": (
+        OPS, "return triton.cdiv(n_rows, slab), slab", "return triton.cdiv(n_rows, slab), slab - rows",
+        INTERPRETER, "",
+    ),
+    "the backward pass turns the same way as the forward pass": (
+        KERNELS, "grad_a = turned_a * cos + turned_b * sin", "grad_a = turned_a * cos - turned_b * sin",
+        INTERPRETER, "",
+    ),
+    "the angle of another token": (
+        KERNELS,
+        "    angle_at = (rows // heads)[:, None] * HALF + columns[None, :]\n    a = ",
+        "    angle_at = (rows % heads)[:, None] * HALF + columns[None, :]\n    a = ",
+        INTERPRETER, "",
+    ),
+    "the second half's weight is the first half's": (
+        KERNELS, "weight_b = tl.load(weight_ptr + HALF + columns", "weight_b = tl.load(weight_ptr + columns",
+        INTERPRETER, "",
+    ),
+    "silu's derivative without its second term": (
+        KERNELS, "sigmoid * (1.0 + gate * (1.0 - sigmoid))", "sigmoid",
+        INTERPRETER, "",
+    ),
+    "CPU: RMSNorm's backward pass without the mean": (
+        CPU, "value=1 / d)", "value=0)",
+        FAST, "",
+    ),
+    "CPU: the sum given out is without the residual": (
+        PUBLIC, "return rms_norm_torch(total, weight, eps), total", "return rms_norm_torch(total, weight, eps), x",
+        FAST, "",
+    ),
+}  # fmt: skip

@@ -1,0 +1,61 @@
+"""The norms, the rotation and the gate on the CPU, against float64."""
+
+import pytest
+import torch
+from rounding import no_worse
+
+from onevocab.kernels.elementwise import (
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    rms_norm,
+    rms_norm_reference,
+    swiglu,
+    swiglu_reference,
+)
+
+
+def test_elementwise_kernels():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 7, 4, 32), torch.rand(32) + 0.5
+    angle = torch.rand(3, 7, 16) * 6
+    no_worse(lambda *a: rms_norm(*a, 1e-6), lambda *a: rms_norm_reference(*a, 1e-6), x, weight)
+
+    def turned(f):
+        return lambda x, w: f(x, w, angle.cos().to(x.dtype), angle.sin().to(x.dtype), 1e-6)
+
+    no_worse(turned(qk_norm_rope), turned(qk_norm_rope_reference), x, weight)
+    no_worse(swiglu, swiglu_reference, torch.randn(5, 64) * 4, torch.randn(5, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rms_norm_with_residual(backend):
+    torch.manual_seed(0)
+    leaves = [each.requires_grad_() for each in (torch.randn(3, 5, 8), torch.randn(3, 5, 8), torch.rand(8))]
+    x, residual, weight = leaves
+    normed, total = rms_norm(x, weight, 1e-6, residual, backend=backend)
+    assert torch.equal(total, x + residual)
+    exact = rms_norm_reference((x + residual).double(), weight.double(), 1e-6)
+    torch.testing.assert_close(normed.double(), exact)
+    ours = torch.autograd.grad((normed * 2 + total).sin().sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad((exact * 2 + x + residual).sin().sum(), leaves))
+
+
+def test_elementwise_kernels_name_what_does_not_fit():
+    x, weight = torch.ones(2, 3, 4, 8), torch.ones(8)
+    angle = torch.ones(2, 3, 4)
+    for call in (
+        lambda: rms_norm(x, torch.ones(4), 1e-6),
+        lambda: rms_norm(x, weight, 1e-6, x[:1]),
+        lambda: qk_norm_rope(x, weight, angle[:, :2], angle[:, :2], 1e-6),
+        lambda: qk_norm_rope(x[..., :7], torch.ones(7), angle, angle, 1e-6),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            call()
+    with pytest.raises(ValueError, match="differ"):
+        swiglu(x, x[:1])
+    with pytest.raises(ValueError, match="not empty"):
+        swiglu(x[:0], x[:0])
+    with pytest.raises(ValueError, match="not empty"):
+        rms_norm(x.long(), weight, 1e-6)

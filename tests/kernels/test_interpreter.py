@@ -1,0 +1,80 @@
+"""The Triton kernels on a CPU: `tests/kernels/interpreter` under Triton's interpreter, in a process of its own.
+
+And the tests' test: each deliberate fault of `mutations_*.py` must make one of them fail.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command
+from scratch import link_package
+
+LIMIT = 300  # seconds for the tests of one fault; one that makes them hang has not been noticed
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
+
+
+def mutations() -> dict[str, tuple[str, str, str, str, str]]:
+    """name and operation -> (file, old text, new text, path of tests, -k expression), of all `mutations_*.py`."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("mutations_*.py")):
+        operation = path.stem.removeprefix("mutations_")
+        found |= {f"{operation}: {name}": fault for name, fault in importlib.import_module(path.stem).MUTATIONS.items()}
+    return found
+
+
+def listed_faults() -> list[str]:
+    """A line of docs/kernels.md per file with the names of its faults."""
+    names: dict[str, list[str]] = {}
+    for name, (file, *_) in mutations().items():
+        names.setdefault(file, []).append(name.partition(": ")[2])
+    return [f"- `{file}`: {'; '.join(each)}." for file, each in names.items()]
+
+
+def test_the_page_lists_all_deliberate_faults():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    missing = [line for line in listed_faults() if line not in page.splitlines()]
+    assert not missing, "docs/kernels.md lacks these lines:\n" + "\n".join(missing)
+
+
+@needs_triton
+def test_triton_kernels_under_the_interpreter():
+    output = run_command(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreter"],
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    passed = int(re.search(r"(\d+) passed", output)[1])
+    assert passed >= 100 and " skipped" not in output, output[-2000:]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", mutations().values(), ids=mutations().keys())
+def test_a_deliberate_fault_is_caught(fault, tmp_path, request):
+    """The tests see a copy of kernels/ with one text replaced, as `onevocab.kernels` of a package before ours."""
+    file, old, new, tests, expression = fault
+    package = link_package(ROOT, tmp_path, leave_out=("kernels",))
+    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (package / file).read_text()
+    assert text.count(old) == 1, f"{file} does not hold {old!r} once"
+    (package / file).write_text(text.replace(old, new))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    if "interpreter" in tests:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", tests]
+    try:
+        done = subprocess.run(
+            [*command, "-k", expression], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{request.node.callspec.id}: no test failed within {LIMIT} s", pytrace=False)
+    assert done.returncode == 1 and re.search(r"\d+ failed", done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
