@@ -239,7 +239,7 @@ class TokenCache:
         if workers > 1 and len(missing) > 1:
             arguments = [(missing[i::workers], str(self.tokenizers.folder), self.folder)
                          for i in range(min(workers, len(missing)))]
-            run_processes(_fill_cache, arguments, "a process that encoded shards died; start again: the others are kept")
+            run_processes(_fill_cache, arguments, "a process that encoded shards died; start again: others are kept")
         else:
             for shard in missing:
                 _cached(shard, self.tokenizers, self.folder)

@@ -17,7 +17,7 @@ from onevocab.data import token_cache
 from onevocab.data.codes import tokenize_shards
 from onevocab.data.documents import BadSample
 from onevocab.data.loader import LoaderConfig, PackedLoader
-from onevocab.data.shards.format import index as indexes
+from onevocab.data.shards import index as indexes
 from onevocab.data.shards.format import read_shard
 from onevocab.data.shards.index import build_index, index_path, read_indexed
 from onevocab.data.shards.writer import ShardFile

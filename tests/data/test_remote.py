@@ -14,7 +14,7 @@ from samples import raw_samples, write_tar
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked
-from onevocab.data.shards.format import remote
+from onevocab.data.shards import remote
 from onevocab.data.shards.index import IndexedShard, index_path
 from onevocab.data.shards.remote import ShardCache, list_sources, shown
 from onevocab.data.shards.writer import ShardFile
