@@ -7,15 +7,15 @@
 """
 
 import argparse
-import io
 import itertools
 import sys
 from pathlib import Path
 
 from onevocab.common.errors import UserError, cli
+from onevocab.tokenizers.modalities import MODALITIES
 
-CHAT_HELP = """Type a message. /image FILE and /audio FILE add a picture or a sound to the next message,
-/want any|text|image|audio sets what the answers are, /reset starts over, /help shows this, /quit leaves."""
+CHAT_HELP = f"""Type a message. {" and ".join(f"/{name} FILE" for name in MODALITIES)} add a file to the next message,
+/want any|text|{"|".join(MODALITIES)} sets what the answers are, /reset starts over, /help shows this, /quit leaves."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Part(argparse.Action):
-    """Appends (kind, value): --text, --image and --audio keep the order in which they are given."""
+    """Appends (kind, value): --text and the flags of the media keep the order in which they are given."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         parts = list(getattr(namespace, "parts", None) or [])
@@ -35,10 +35,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="sample.py", description=__doc__, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder, for example runs/demo")
-    for kind in ("text", "image", "audio"):
+    for kind in ("text", *MODALITIES):
         parser.add_argument(f"--{kind}", action=_Part, metavar="TEXT" if kind == "text" else "FILE",
                             help=f"a piece of the prompt: {kind}; may be repeated, the order counts")
-    parser.add_argument("--want", default="any", help="any (default), text, image or audio")
+    parser.add_argument("--want", default="any", help=f"any (default), text, {', '.join(MODALITIES)}")
     parser.add_argument("--out", default=".", metavar="DIR", help="for pictures and sounds (default: .)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: 0, all)")
@@ -58,17 +58,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def load_part(kind: str, value: str):
     """What --KIND VALUE says. Raises UserError when the file is missing or cannot be read."""
-    from onevocab.tokenizers.media import load_audio, load_image
-
-    return value if kind == "text" else {"image": load_image, "audio": load_audio}[kind](Path(value))
+    return value if kind == "text" else MODALITIES[kind].load(Path(value))
 
 
-def write_new(folder: Path, kind: str, ending: str, content: bytes) -> Path:
-    """Writes FOLDER/KIND-N.ENDING under the first free N: nothing is ever overwritten."""
+def write_new(folder: Path, kind: str, value) -> Path:
+    """Writes a value of a modality to FOLDER/KIND-N under the first free N: nothing is ever overwritten."""
+    modality = MODALITIES[kind]
+    content = modality.save(value)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
-            path = folder / f"{kind}-{number}.{ending}"
+            path = folder / f"{kind}-{number}{modality.suffixes[0]}"
             try:
                 with open(path, "xb") as file:
                     file.write(content)
@@ -78,18 +78,6 @@ def write_new(folder: Path, kind: str, ending: str, content: bytes) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot write to {folder}: {reason}; choose another --out") from None
-
-
-def write_image(folder: Path, image) -> Path:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return write_new(folder, "image", "png", buffer.getvalue())
-
-
-def write_sound(folder: Path, sound) -> Path:
-    from onevocab.tokenizers.media import encode_audio
-
-    return write_new(folder, "audio", "wav", encode_audio(*sound, format="WAV"))
 
 
 def chat(model, parts: list, out: Path, options: dict) -> None:
@@ -108,7 +96,7 @@ def chat(model, parts: list, out: Path, options: dict) -> None:
             command, _, value = line.partition(" ")
             if command in ("/quit", "/exit"):
                 return
-            elif command in ("/image", "/audio"):
+            elif command[:1] == "/" and command[1:] in MODALITIES:
                 parts.append(load_part(command[1:], value.strip()))
             elif command == "/want":
                 if value.strip() not in (choices := ("any", *model.vocab.modalities)):
@@ -124,10 +112,8 @@ def chat(model, parts: list, out: Path, options: dict) -> None:
                 for event in model.stream([*messages, turn], **options):
                     if event.kind == "text":
                         print(event.value, end="", flush=True)
-                    elif event.kind == "image":
-                        print(f"[{write_image(out, event.value)}]", end="", flush=True)
-                    elif event.kind == "audio":
-                        print(f"[{write_sound(out, event.value)}]", end="", flush=True)
+                    elif event.kind in MODALITIES:
+                        print(f"[{write_new(out, event.kind, event.value)}]", end="", flush=True)
                     elif event.kind == "reply":
                         messages += [turn, {"role": "assistant", "content": event.value.segments}]
                         print()
@@ -145,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder; choose another")
     if not arguments.parts and not arguments.chat:
-        raise UserError("nothing to answer; give --text, --image or --audio, or --chat")
+        raise UserError(f"nothing to answer; give --text, {', '.join(f'--{name}' for name in MODALITIES)}, or --chat")
     if arguments.count < 1:
         raise UserError(f"--count is {arguments.count}; it must be 1 or more")
     parts = [load_part(*part) for part in arguments.parts]
@@ -159,10 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     for reply in model.generate_batch([parts] * arguments.count, **options):
         if reply.text:
             print(reply.text)
-        for image in reply.images:
-            print(write_image(out, image))
-        for sound in reply.audio:
-            print(write_sound(out, sound))
+        for name, values in reply.media.items():
+            for value in values:
+                print(write_new(out, name, value))
 
 
 if __name__ == "__main__":

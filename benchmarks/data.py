@@ -219,7 +219,7 @@ def loader_numbers(folder: Path, samples: int = 1_000_000, shards: int = 10) -> 
         again.next_batch()
         seconds.append(time.perf_counter() - begun)
     long = documents.about[:, TEXT_ONLY] * documents.about[:, LENGTH] > config.seq_len
-    return {"samples": samples, "documents": len(loader._store), "seq_len": config.seq_len,
+    return {"samples": samples, "documents": len(loader._cache), "seq_len": config.seq_len,
             "useful": round(useful, 4), "left_out": loader.too_long / samples, "texts_in_pieces": float(long.mean()),
             "restart_seconds": round(statistics.median(seconds), 3)}
 

@@ -182,20 +182,18 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, bytes | str]:
     """{digest: (modality, file)} -> {digest: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
     result: dict[bytes, bytes | str] = {}
-    for modality, encode in (("image", tokenizers.encode_images), ("audio", tokenizers.encode_audios)):
+    for modality in dict.fromkeys(kind for kind, _ in media.values()):
         files = {digest: file for digest, (kind, file) in media.items() if kind == modality}
-        if not files:
-            continue
         if modality not in tokenizers.vocab.spans:
             raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            found = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
+            found = [codes_to_npy(codes, n_codes) for codes in tokenizers.encode_batch(modality, list(files.values()))]
             result.update(zip(files, found, strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
             for digest, file in files.items():
                 try:
-                    result[digest] = codes_to_npy(encode([file])[0], n_codes)
+                    result[digest] = codes_to_npy(tokenizers.encode_media(modality, file), n_codes)
                 except UNDECODABLE as error:
                     result[digest] = str(error) or type(error).__name__
     return result
@@ -224,7 +222,7 @@ def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -
         for turn in data.get("messages") or [data]:
             content = turn.get("content")
             for part in content if isinstance(content, list) else []:
-                if part.get("type") in ("image", "audio"):
+                if part.get("file") in renamed:
                     part["file"] = renamed[part["file"]]
         members["json"] = json.dumps(data, ensure_ascii=False).encode()
     return members

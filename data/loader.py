@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
@@ -21,43 +21,44 @@ from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
 from onevocab.data.token_cache import DROPPABLE, LOSS, TokenCache
 from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.modalities import MODALITIES
 
 ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, one use each
 
 
-class LossWeights(BaseModel):
-    """Weight of a predicted token by its modality; `context_weight` multiplies those of context, not of the answer."""
-
+class _LossWeights(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    text: float = Field(default=1.0, ge=0)
-    image: float = Field(default=1.0, ge=0)
-    audio: float = Field(default=1.0, ge=0)
-    context_weight: float = Field(default=0.05, ge=0)
+    context_weight: float = Field(0.05, ge=0, description="multiplies the weight of what is context, not the answer")
+
+
+# Weight of a predicted token by its modality.
+LossWeights = create_model("LossWeights", __base__=_LossWeights, **{
+    name: (float, Field(1.0, ge=0, description=f"weight of a predicted token of {name}"))
+    for name in ("text", *MODALITIES)})
 
 
 class LoaderConfig(BaseModel):
-    """seq_len: tokens of a row; global_batch_size: rows of a step over all ranks; window: documents packed together;
-    condition_dropout: share of pictures-from-text whose text is dropped, for guidance; text_first: share of pairs
-    with a text that show the text first; max_bad_fraction: more bad samples than this stop the run."""
+    """How documents become the rows of a step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    seq_len: int = Field(default=512, ge=8)
-    global_batch_size: int = Field(default=16, ge=1)
-    window: int = Field(default=4096, ge=1)
-    condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    text_first: float = Field(default=0.5, ge=0, le=1)
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    seq_len: int = Field(512, ge=8, description="tokens of a row")
+    global_batch_size: int = Field(16, ge=1, description="rows of a step, over all ranks")
+    window: int = Field(4096, ge=1, description="documents that are packed together")
+    condition_dropout: float = Field(0.1, ge=0, le=1, description="share of media made from text whose text is dropped "
+                                     "for guidance")
+    text_first: float = Field(0.5, ge=0, le=1, description="share of pairs with a text that show the text first")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="more bad samples than this stop the run")
     loss: LossWeights = LossWeights()
 
 
 class Source(BaseModel):
-    """path: a shard, a folder of shards or a glob; repeat: how often an epoch shows each sample (2.5: twice, and a
-    changing half of them once more); weight: instead, this source's share of an epoch's samples."""
+    """Shards that a stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str
-    repeat: float = Field(default=1.0, gt=0)
-    weight: float | None = Field(default=None, gt=0)
+    path: str = Field(description="a shard, a folder of shards or a glob")
+    repeat: float = Field(1.0, gt=0, description="how often an epoch shows each sample (2.5: twice, and a changing "
+                          "half of them once more)")
+    weight: float | None = Field(None, gt=0, description="instead of repeat, this source's share of an epoch's samples")
 
 
 @dataclass

@@ -17,7 +17,7 @@ from onevocab.model.decoder import Decoder
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment
 from onevocab.tokenizers.grammar import Grammar
-from onevocab.tokenizers.media import load_audio, load_image, modality_of_path
+from onevocab.tokenizers.modalities import MODALITIES, modality_of_path, modality_of_value
 from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
 from onevocab.training.checkpoint import list_steps, load_into, load_weights
 
@@ -28,23 +28,31 @@ LONGEST_TEXT = 512  # new tokens when nobody says otherwise
 
 @dataclass
 class Reply:
-    """text: str, "" if none; images: PIL images; audio: (float32 samples, rate) pairs; ids: the new token
-    ids, the end of the turn included; segments: the parts in order, media as codes: they can go into the
-    next turn as they are.
+    """text: str, "" if none; media: modality -> its values, in order; ids: the new token ids, the end of
+    the turn included; segments: the parts in order, media as codes: they can go into the next turn as they
+    are.
     """
 
     text: str = ""
-    images: list[Image.Image] = field(default_factory=list)
-    audio: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    media: dict[str, list] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return self.media.get("image", [])  # the two names that everybody asks for
+
+    @property
+    def audio(self) -> list[tuple[np.ndarray, int]]:
+        """(float32 samples, rate) pairs."""
+        return self.media.get("audio", [])
 
 
 @dataclass
 class Event:
-    """A piece of a streamed reply. kind: "text" (str), "image" (PIL image), "audio_codes" (int array
-    [columns, rows], as they come), "audio" ((samples, rate), the whole sound), "reply" (Reply, the last
-    event)."""
+    """A piece of a streamed reply. kind: "text" (str), the name of a modality (its value, whole: a PIL
+    image, a (samples, rate) pair), that name with "_codes" (of an open span, a sound: int array [columns,
+    rows], as they come), "reply" (Reply, the last event)."""
 
     kind: str
     value: object
@@ -66,7 +74,7 @@ class AnyToAny:
         self.model, self.tokenizers, self.plain = model.eval(), tokenizers, plain
         self.vocab = tokenizers.vocab
         sized = {span.name for span in self.vocab.ranges if span.sized}
-        self.grids = {name: [media.grid] for name, media in tokenizers.media.items() if name in sized}
+        self.grids = {name: [media.max_grid] for name, media in tokenizers.media.items() if name in sized}
 
     @classmethod
     def load(cls, run, stage: str | None = None, device: str | None = None) -> "AnyToAny":
@@ -106,7 +114,7 @@ class AnyToAny:
     def generate(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, seed: int = 0, guidance: float = 1.0,
                  max_new_tokens: int | None = None) -> Reply:
-        """One reply to one prompt. want: "any" (the model chooses), "text", "image" or "audio".
+        """One reply to one prompt. want: "any" (the model chooses), "text", or a modality.
 
         The rest: see `Sampling`; max_new_tokens counts ids, a picture's and a sound's too. Raises
         UserError on bad input and when the context is full.
@@ -194,11 +202,7 @@ class AnyToAny:
         longest = {"text": LONGEST_TEXT}
         for name, media in self.tokenizers.media.items():
             span = self.vocab.spans[name]
-            if span.sized:
-                longest[name] = max(span.tokens(grid) for grid in self.grids[name])
-            else:
-                columns = int(media.config.max_seconds * media.columns_per_second)
-                longest[name] = span.tokens((columns, span.rows))
+            longest[name] = span.tokens(media.max_grid)
         return longest.get(want, max(longest.values()))
 
     def _encode(self, document: Document) -> np.ndarray:
@@ -237,7 +241,7 @@ class AnyToAny:
                       if part.modality == name]
             values = media.decode_batch([codes for _, codes in wanted])
             for (reply, _), value in zip(wanted, values, strict=True):
-                (reply.images if name == "image" else reply.audio).append(value)
+                reply.media.setdefault(name, []).append(value)
         for reply in replies:
             reply.text = "".join(part.content for part in reply.segments if part.modality == "text")
         return replies
@@ -293,14 +297,9 @@ def _classify(part, pending: dict[str, list]) -> tuple[str, object]:
         return part.modality, part.content
     if isinstance(part, Path):
         modality = modality_of_path(part)
-        part = load_image(part) if modality == "image" else load_audio(part)
-    elif isinstance(part, Image.Image):
-        modality = "image"
-    elif isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], int | np.integer) and part[1] > 0:
-        modality = "audio"
+        part = MODALITIES[modality].load(part)
     else:
-        raise UserError(f"a prompt's part is a str, a PIL image, a pathlib.Path or a (samples, rate) pair, "
-                        f"found {type(part).__name__}")
+        modality = modality_of_value(part)
     if modality not in pending:
         raise UserError(f"this model takes no {modality}; it knows text, {', '.join(pending)}")
     pending[modality].append(part)

@@ -95,7 +95,7 @@ class _Batch:
             groups.append((where, legal, ids, guided))
         return groups
 
-    def sample_ids(self, hidden: Tensor, groups) -> Tensor:
+    def next_ids(self, hidden: Tensor, groups) -> Tensor:
         """Hidden states (rows or twice as many, dim) -> the next id of every row, int64 (rows,)."""
         count = len(self.requests)
         noise = self.noise.gather(1, self.taken[:, None])[:, 0]
@@ -150,7 +150,7 @@ def stream(model, requests: Sequence[Request], sampling: Sampling) -> Iterator[l
         for step in range(run):
             if step:
                 hidden = batch.step(taken[-1])
-            taken.append(batch.choose(hidden, groups))
+            taken.append(batch.next_ids(hidden, groups))
         new = torch.stack(taken, 1).tolist()
         for request, ids in zip(batch.requests, new, strict=True):
             for id in ids:

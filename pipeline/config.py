@@ -4,7 +4,7 @@ import tomllib
 from typing import Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from onevocab.common.errors import UserError, invalid
 from onevocab.data.loader import LoaderConfig, Source
@@ -12,41 +12,38 @@ from onevocab.demo.writer import DemoConfig
 from onevocab.evaluation.config import EvaluateConfig
 from onevocab.model.config import ModelSection
 from onevocab.pipeline.sources import open_source, take_shape
-from onevocab.tokenizers.audio import AudioConfig
-from onevocab.tokenizers.image import ImageConfig
+from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextConfig
 from onevocab.training.config import TrainConfig
 
 
 class DataConfig(BaseModel):
-    """demo: write the demo world's shards first; shards: folders, globs or files of raw shards that train the
-    tokenizers and are turned to codes (relative to the run folder); tokenizer_samples: how many pictures, sounds and
-    texts the tokenizers are trained on."""
+    """[data]: where the samples come from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    demo: DemoConfig | None = None
-    shards: tuple[str, ...] = ("shards",)
-    tokenizer_samples: int = Field(default=12_000, ge=1)
-    workers: int = Field(default=2, ge=1, description="processes that turn media to codes")
+    demo: DemoConfig | None = Field(None, description="write the demo world's shards first")
+    shards: tuple[str, ...] = Field(("shards",), description="folders, globs or files of raw shards that train the "
+                                    "tokenizers and are turned to codes, from the run's folder on")
+    tokenizer_samples: int = Field(12_000, ge=1, description="media and texts that each tokenizer is trained on")
+    workers: int = Field(2, ge=1, description="processes that turn media to codes")
 
 
 class PhaseConfig(BaseModel):
     """Steps start .. start + steps - 1 of a stage read these sources instead of the usual ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    start: int = Field(ge=0)
-    steps: int = Field(ge=1)
-    sources: tuple[Source, ...]
+    start: int = Field(ge=0, description="first step")
+    steps: int = Field(ge=1, description="how many")
+    sources: tuple[Source, ...] = Field(description="what is read in them")
 
 
 class StageData(BaseModel):
-    """What a language stage reads: code shards below the run folder's `codes/`, how they become rows, and phases that
-    interrupt them."""
+    """What a language stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...] = Field(description="shards of codes, from the run's folder on")
     loader: LoaderConfig = LoaderConfig()
-    phases: tuple[PhaseConfig, ...] = ()
+    phases: tuple[PhaseConfig, ...] = Field((), description="steps that read other sources")
 
     @model_validator(mode="after")
     def _apart(self):
@@ -58,10 +55,10 @@ class StageData(BaseModel):
 
 
 class LanguageStage(TrainConfig, StageData):
-    """[pretrain] and [instruct]: the same loop with other data. batch_tokens: of a step over all ranks, padding
-    included, in place of `loader.global_batch_size` (0: that holds)."""
+    """[pretrain] and [instruct]: the same loop with other data."""
 
-    batch_tokens: int = Field(default=0, ge=0)
+    batch_tokens: int = Field(0, ge=0, description="tokens of a step over all ranks, padding included, in place of "
+                              "loader.global_batch_size (0: that holds)")
 
     @model_validator(mode="after")
     def _within(self):
@@ -81,27 +78,33 @@ class LanguageStage(TrainConfig, StageData):
         return self.loader.model_copy(update={"global_batch_size": self.batch_tokens // self.loader.seq_len})
 
 
-class RunConfig(BaseModel):
-    """One TOML file. folder: where the run lives; init_from: a run whose tokenizers and weights this one starts from;
-    threads: CPU threads a rank (0: torch's choice); device_flops: FLOP/s of a device as its data sheet says, for the
-    MFU (0: what a plain product reaches here)."""
-
+class _Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    folder: str
-    init_from: str | None = None
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = Field(default=0, ge=0)
-    device_flops: float = Field(default=0.0, ge=0)
-    wandb: str | None = None
+    folder: str = Field(description="where the run lives")
+    init_from: str | None = Field(None, description="a run whose tokenizers and weights this one starts from")
+    seed: int = Field(0, description="of everything that is drawn")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads a rank (0: torch's choice)")
+    device_flops: float = Field(0.0, ge=0, description="FLOP/s of a device as its data sheet says, for the MFU (0: "
+                                "what a plain product reaches here)")
+    wandb: str | None = Field(None, description="project at Weights & Biases (default: none)")
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
-    image: ImageConfig = ImageConfig()
-    audio: AudioConfig = AudioConfig()
     model: ModelSection
     pretrain: LanguageStage
     instruct: LanguageStage
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def modalities(self) -> list[str]:
+        """The media that the configuration has a section for, in the order of the vocabulary."""
+        return [name for name in MODALITIES if getattr(self, name) is not None]
+
+
+# One TOML file. A section for each registered modality; the run trains those that are there.
+RunConfig = create_model("RunConfig", __base__=_Run, **{
+    name: (modality.config | None, Field(None, description=f"the tokenizer of {modality.plural}"))
+    for name, modality in MODALITIES.items()})
 
 
 def read_config(path, overrides: list[str]) -> RunConfig:

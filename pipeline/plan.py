@@ -12,9 +12,8 @@ from onevocab.model.decoder import Decoder
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.run import placed
 from onevocab.pipeline.sources import open_source
-from onevocab.tokenizers.audio import AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.image import ImageTokenizer
+from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.vocabulary import Vocabulary
 from onevocab.training import checkpoint
 from onevocab.training.loop import NextTokenLoss
@@ -34,8 +33,8 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     else:
         source = open_source(config.model.init, config.init_from)
         old = Vocabulary.build(config.text.vocab_size, []) if source is None else source.vocabulary()
-        media = [ImageTokenizer(config.image).layout, AudioTokenizer(config.audio).layout]
-        vocabulary = old.extended([layout for layout in media if layout["name"] not in old.spans])
+        vocabulary = old.extended([MODALITIES[name].tokenizer(getattr(config, name)).layout
+                                   for name in config.modalities if name not in old.spans])
         said = "as configured, no tokenizers yet"
         if source is not None:
             said = f"{source.rows:,} of {source.folder}, {vocabulary.size - source.rows:,} new"

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +24,9 @@ from onevocab.demo.writer import write_demo
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.sources import open_source
-from onevocab.pipeline.tokenizer_samples import clips, pictures, texts
-from onevocab.tokenizers.audio import AudioTokenizer
+from onevocab.pipeline.tokenizer_samples import media_files, texts
 from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
-from onevocab.tokenizers.image import ImageTokenizer
+from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextTokenizer
 from onevocab.training import checkpoint, distributed
 from onevocab.training.autoencoder import train_autoencoder
@@ -62,7 +62,7 @@ class Run:
         language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
         self.source, begun = open_source(config.model.init, config.init_from), {}
         self.kept: list[str] = []  # media whose tokenizers come from there, in the order of its vocabulary
-        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", "image", "audio")}
+        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", *config.modalities)}
         if self.source is not None:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
@@ -71,12 +71,13 @@ class Run:
             tokenizers, weights = distributed.broadcast(found)
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
+        self.trained = [name for name in config.modalities if name not in self.kept]
+        media = [name for name in MODALITIES if name in self.kept or name in self.trained]
         self.stages = [
             Stage("shards", _settings(config.data), (), self.write_shards),
             Stage("text", made_of["text"], ("shards",), self.train_text),
-            Stage("image", made_of["image"], ("shards",), self.train_image),
-            Stage("audio", made_of["audio"], ("shards",), self.train_audio),
-            Stage("codes", {}, ("shards", "text", "image", "audio"), self.write_codes),
+            *(Stage(name, made_of[name], ("shards",), partial(self.train_media, name)) for name in media),
+            Stage("codes", {}, ("shards", "text", *media), self.write_codes),
             Stage("pretrain", _settings(config.pretrain) | language | begun, ("codes",),
                   lambda: self.train_stage("pretrain", config.pretrain, None)),
             Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
@@ -152,7 +153,8 @@ class Run:
         self.on_main(end)
 
     def on_main(self, work: Callable):
-        """Work that one rank does while the others wait; when it cannot, all say so. What it returns is there alone."""
+        """Work that rank 0 does while the others wait; when it cannot, all raise. Returns the result on rank 0, None
+        elsewhere."""
         return distributed.all_or_raise(lambda: work() if self.main else None)
 
     # ------------------------------------------------------------------------------------------------ the stages
@@ -175,51 +177,29 @@ class Run:
 
         self.on_main(work)
 
-    def keep_tokenizer(self, name: str) -> None:
-        """A medium that the source knows keeps its tokenizer, whatever the configuration says."""
-        self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
-
-    def train_image(self) -> None:
-        if "image" in self.kept:
-            return self.keep_tokenizer("image")
-        tokenizer = ImageTokenizer(self.config.image)
-        pixels = distributed.all_or_raise(
-            lambda: pictures(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
-
-        def sample(generator: torch.Generator) -> torch.Tensor:
-            chosen = self._choose(len(pixels), self.config.image.batch_size, generator)
-            return tokenizer.prepare(pixels[chosen].to(self.device))
-
-        self._train_autoencoder("image", tokenizer, sample, self.config.image)
-
-    def train_audio(self) -> None:
-        if "audio" in self.kept:
-            return self.keep_tokenizer("audio")
-        tokenizer = AudioTokenizer(self.config.audio)
-        mels = distributed.all_or_raise(lambda: clips(self.raw_shards, self.config.data.tokenizer_samples, tokenizer))
-        if len(mels):
-            tokenizer.mean.fill_(mels.mean())
-            tokenizer.deviation.fill_(mels.std())
-
-        def sample(generator: torch.Generator) -> torch.Tensor:
-            chosen = self._choose(len(mels), self.config.audio.batch_size, generator)
-            return tokenizer.standardise(mels[chosen].to(self.device))
-
-        if len(mels):
-            self._train_autoencoder("audio", tokenizer, sample, self.config.audio)
-
-    @staticmethod
-    def _choose(count: int, batch_size: int, generator: torch.Generator) -> torch.Tensor:
-        """This rank's part of a batch that is the same for every number of ranks."""
-        return torch.randint(count, (batch_size,), generator=generator)[distributed.rank() :: distributed.world()]
-
-    def _train_autoencoder(self, name: str, tokenizer, sample, settings) -> None:
+    def train_media(self, name: str) -> None:
+        """The tokenizer of one modality. One that the source of the run knows keeps its tokenizer, whatever the
+        configuration says."""
+        if name in self.kept:
+            return self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
+        modality, settings = MODALITIES[name], getattr(self.config, name)
         if settings.batch_size < distributed.world():
             raise UserError(f"{name}.batch_size = {settings.batch_size} leaves some of the {distributed.world()} ranks "
                             f"without a part; make it larger, or train up to stage {name} on fewer ranks")
-        tokenizer.to(self.device)
-        train_autoencoder(tokenizer, sample, settings.steps, settings.learning_rate, self.folder / name, self.log, name,
-                          self.config.seed)
+        tokenizer = modality.tokenizer(settings)
+        examples = distributed.all_or_raise(lambda: tokenizer.training_set(
+            media_files(self.raw_shards, self.config.data.tokenizer_samples, name)))
+        if not len(examples):
+            raise UserError(f"[{name}]: no readable {modality.plural} in the shards of [data] shards; add some, or "
+                            f"leave [{name}] out of the configuration")
+
+        def sample(generator: torch.Generator) -> torch.Tensor:
+            """This rank's part of a batch that is the same for every number of ranks."""
+            chosen = torch.randint(len(examples), (settings.batch_size,), generator=generator)
+            return tokenizer.batch(examples[chosen[distributed.rank() :: distributed.world()]].to(self.device))
+
+        train_autoencoder(tokenizer.to(self.device), sample, settings.steps, settings.learning_rate,
+                          self.folder / name, self.log, name, self.config.seed)
 
     def write_codes(self) -> None:
         """Gathers the trained tokenizers below `tokenizers/`, then turns all media to codes."""
@@ -229,18 +209,18 @@ class Run:
 
     def _gather_tokenizers(self) -> None:
         media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
-        for tokenizer in (ImageTokenizer(self.config.image), AudioTokenizer(self.config.audio)):
-            steps = checkpoint.list_steps(self.folder / tokenizer.name)
-            if steps and tokenizer.name not in self.kept:
-                try:
-                    weights, _ = checkpoint.load_weights(steps[0])
-                except UserError as error:
-                    raise UserError(f"{error}; remove {self.folder / tokenizer.name / 'done.json'} to train its last "
-                                    "steps again") from None
-                checkpoint.load_into(tokenizer, weights, steps[0])
-                media[tokenizer.name] = tokenizer
+        for name in self.trained:
+            tokenizer = MODALITIES[name].tokenizer(getattr(self.config, name))
+            newest = next(iter(checkpoint.list_steps(self.folder / name)), self.folder / name / "step-N")
+            try:
+                weights, _ = checkpoint.load_weights(newest)
+            except UserError as error:
+                raise UserError(f"{error}; remove {self.folder / name / 'done.json'} to train its last steps "
+                                "again") from None
+            checkpoint.load_into(tokenizer, weights, newest)
+            media[name] = tokenizer
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
-        Tokenizers(text, media).save(self.folder / "tokenizers")
+        Tokenizers(text, {name: media[name] for name in MODALITIES if name in media}).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
         steps = distributed.broadcast([path.name for path in checkpoint.list_steps(self.folder / (after or name))])

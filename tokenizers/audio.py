@@ -1,32 +1,36 @@
 """Sounds <-> columns of codes: log-mel spectrogram, grid of codes, and back through Griffin-Lim."""
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 import numpy as np
 import torch
 from pydantic import Field
 
 from onevocab.common.errors import UserError
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
-from onevocab.tokenizers.media import load_audio
+from onevocab.tokenizers.media import AUDIO_SUFFIXES, encode_audio, load_audio
+from onevocab.tokenizers.modality import Modality, Preview
 from onevocab.tokenizers.torchaudio_guard import torchaudio
 
 RATE = 16_000
 FFT, HOP = 1024, 256
 FLOOR = 5e-3  # some 45 dB below a loud vowel: codes are not spent on what nobody hears
 PHASE_ITERATIONS = 32
+PREVIEW_SECONDS = 10
 
 
 class AudioConfig(AutoencoderConfig):
-    """[audio]: mels: bins; rows: codes a column; column_frames: spectrogram frames (16 ms) that a column covers;
-    max_seconds: longest sound encoded; clip_seconds: length of the pieces it trains on."""
+    """[audio]: the tokenizer of sounds."""
 
-    mels: int = Field(default=64, ge=8, le=256)
-    rows: int = Field(default=2, ge=1)
-    column_frames: int = Field(default=4, ge=4, multiple_of=2)
-    max_seconds: float = Field(default=8.0, gt=0)
-    clip_seconds: float = Field(default=0.768, gt=0)
-    steps: int = Field(default=1500, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    mels: int = Field(64, ge=8, le=256, description="frequency bins of the spectrogram")
+    rows: int = Field(2, ge=1, description="codes a column of the spectrogram")
+    column_frames: int = Field(4, ge=4, multiple_of=2, description="spectrogram frames of 16 ms that a column covers")
+    max_seconds: float = Field(8.0, gt=0, description="longest sound that is encoded")
+    clip_seconds: float = Field(0.768, gt=0, description="length of the pieces that the tokenizer trains on")
+    steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
+    batch_size: int = Field(32, ge=1, description="pieces a step, over all ranks")
+    learning_rate: float = Field(2e-3, gt=0, description="of vectors; matrices train with five times as much")
 
 
 class AudioTokenizer(GridAutoencoder):
@@ -91,6 +95,34 @@ class AudioTokenizer(GridAutoencoder):
         mel = self.spectrogram(torch.nn.functional.pad(samples, (0, length - len(samples))))[..., :-1]
         return (mel + FLOOR).log()[None]
 
+    @property
+    def max_grid(self) -> tuple[int, int]:
+        """Columns and rows of codes of the longest sound."""
+        return int(self.config.max_seconds * self.columns_per_second), self.config.rows
+
+    def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
+        """Files -> log-mel pieces of `clip_seconds`, float (n, 1, mels, frames), whose mean and deviation then
+        standardise every sound. Equal files count once, unreadable ones are left out; short sounds are padded with
+        silence, of long ones each piece is taken."""
+        columns = max(1, round(self.config.clip_seconds * self.columns_per_second))
+        length, pieces = columns * self.config.column_frames * HOP, []
+        for content in dict.fromkeys(files):
+            with suppress(UserError):
+                samples = self.read(content)
+                for start in range(0, len(samples), length):
+                    piece = samples[start : start + length]
+                    pieces.append(self.log_mel(np.pad(piece, (0, length - len(piece)))))
+        if not pieces:
+            return torch.empty(0)
+        mels = torch.stack(pieces).clone()
+        self.mean.fill_(mels.mean())
+        self.deviation.fill_(mels.std())
+        return mels
+
+    def batch(self, mels: torch.Tensor) -> torch.Tensor:
+        """Log-mels (B, 1, mels, frames), standardised."""
+        return self.standardise(mels)
+
     def standardise(self, mel: torch.Tensor) -> torch.Tensor:
         return (mel - self.mean) / self.deviation
 
@@ -122,3 +154,23 @@ class AudioTokenizer(GridAutoencoder):
             mel = self.decode(codes[None])[0] * self.deviation + self.mean
             sounds.append((self.to_waveform(mel), RATE))
         return sounds
+
+
+def accepts(value) -> bool:
+    """A pair (samples, rate)."""
+    return (isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | np.integer) and value[1] > 0
+            and not isinstance(value[1], bool))
+
+
+def preview(sound: tuple[np.ndarray, int]) -> Preview:
+    samples, rate = sound
+    cut = f", the first {PREVIEW_SECONDS} s" if len(samples) > PREVIEW_SECONDS * rate else ""
+    return Preview(f"{len(samples) / rate:.1f} s at {rate:,} Hz{cut}", "audio/wav",
+                   encode_audio(samples[: PREVIEW_SECONDS * rate], rate, "WAV"), "seconds of a sound",
+                   len(samples) / rate)
+
+
+MODALITY = Modality(
+    name="audio", plural="sounds", config=AudioConfig, tokenizer=AudioTokenizer, sized=False,
+    value="a (samples, rate) pair", accepts=accepts, suffixes=AUDIO_SUFFIXES, shard_endings=("flac", "wav"),
+    load=load_audio, save=lambda sound: encode_audio(*sound, format="WAV"), preview=preview)

@@ -10,14 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, sha256_file, write_atomic, write_json
-from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.document import Document, Encoded, decode_document, encode_document, split_segments
-from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
+from onevocab.tokenizers.modalities import MODALITIES, registered
 from onevocab.tokenizers.text import TextTokenizer
 from onevocab.tokenizers.vocabulary import Vocabulary
-
-# A modality is registered here, in the order of the vocabulary; new ones append.
-MEDIA = {"image": (ImageConfig, ImageTokenizer), "audio": (AudioConfig, AudioTokenizer)}
 
 
 def save_media_tokenizer(folder: Path, tokenizer) -> None:
@@ -31,11 +27,11 @@ def save_media_tokenizer(folder: Path, tokenizer) -> None:
 
 def load_media_tokenizer(folder: Path, name: str, device="cpu"):
     """The inverse. Raises UserError when a file is missing or does not fit."""
-    config_class, tokenizer_class = MEDIA[name]
+    modality = registered(name)
     config = read_json(folder / f"{name}.json")
     weights = folder / f"{name}.safetensors"
     try:
-        tokenizer = tokenizer_class(config_class.model_validate(config))
+        tokenizer = modality.tokenizer(modality.config.model_validate(config))
         tokenizer.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -71,7 +67,7 @@ class Tokenizers:
                             "run `torchrun train.py` on this run's configuration")
         vocab = Vocabulary.from_json(read_json(folder / "vocabulary.json"))
         text = TextTokenizer.from_json(read_json(folder / "text.json"))
-        unknown = [span.name for span in vocab.ranges if span.name not in MEDIA]
+        unknown = [span.name for span in vocab.ranges if span.name not in MODALITIES]
         if unknown:
             raise UserError(f"{folder} uses modalities that this version does not know: {', '.join(unknown)}")
         bundle = Tokenizers(text, {name: load_media_tokenizer(folder, name, device) for name in vocab.spans})
@@ -113,18 +109,15 @@ class Tokenizers:
             raise UserError(f"this model has no {modality}; it knows {', '.join(self.vocab.modalities)}")
         return self.media[modality]
 
+    @torch.inference_mode()
+    def encode_batch(self, modality: str, sources: list) -> list[np.ndarray]:
+        """Values of a modality, paths or bytes of files -> codes of each. Raises UserError as its tokenizer does."""
+        return self._medium(modality).encode_batch(sources)
+
     def encode_media(self, modality: str, source) -> np.ndarray:
-        """A PIL image, (samples, rate), path or bytes -> codes."""
+        """One of `encode_batch`'s."""
         return self._medium(modality).encode_batch([source])[0]
 
     def decode_media(self, modality: str, codes):
-        """codes -> PIL image, or (float32 samples, 16000)."""
+        """Codes -> a value of the modality: a PIL image, or (float32 samples, 16000)."""
         return self._medium(modality).decode_batch([codes])[0]
-
-    @torch.inference_mode()
-    def encode_images(self, sources: list) -> list[np.ndarray]:
-        return self._medium("image").encode_batch(sources)
-
-    @torch.inference_mode()
-    def encode_audios(self, sources: list) -> list[np.ndarray]:
-        return self._medium("audio").encode_batch(sources)

@@ -1,5 +1,8 @@
 """Pictures <-> grids of codes."""
 
+from collections.abc import Iterable
+from contextlib import suppress
+
 import numpy as np
 import torch
 from PIL import Image
@@ -7,19 +10,21 @@ from pydantic import Field
 
 from onevocab.common.errors import UserError
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
-from onevocab.tokenizers.media import load_image, to_rgb
+from onevocab.tokenizers.media import IMAGE_SUFFIXES, encode_png, load_image, to_rgb
+from onevocab.tokenizers.modality import Modality, Preview
+
+PREVIEW_SIDE = 256  # pixels
 
 
 class ImageConfig(AutoencoderConfig):
-    """[image]: size: height and width in pixels that pictures are brought to; patch: pixels a code covers each way;
-    max_side: largest height or width, in codes, that the vocabulary can say; the rest is how long it trains."""
+    """[image]: the tokenizer of pictures."""
 
-    size: tuple[int, int] = (64, 64)
-    patch: int = Field(default=8, ge=2, multiple_of=2)
-    max_side: int = Field(default=32, ge=1, le=4096)
-    steps: int = Field(default=1500, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    size: tuple[int, int] = Field((64, 64), description="height and width in pixels that pictures are brought to")
+    patch: int = Field(8, ge=2, multiple_of=2, description="pixels that a code covers each way")
+    max_side: int = Field(32, ge=1, le=4096, description="largest height or width, in codes, that the vocabulary has")
+    steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
+    batch_size: int = Field(32, ge=1, description="pictures a step, over all ranks")
+    learning_rate: float = Field(2e-3, gt=0, description="of vectors; matrices train with five times as much")
 
 
 class ImageTokenizer(GridAutoencoder):
@@ -42,8 +47,8 @@ class ImageTokenizer(GridAutoencoder):
         return {"name": self.name, "sizes": self.config.max_side, "codes": self.quantizer.codebook_size, "rows": 0}
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes of a picture of the configured size."""
+    def max_grid(self) -> tuple[int, int]:
+        """Rows and columns of codes of a picture of the configured size: what is drawn has it."""
         return self.config.size[0] // self.config.patch, self.config.size[1] // self.config.patch
 
     def read(self, source) -> torch.Tensor:
@@ -54,8 +59,16 @@ class ImageTokenizer(GridAutoencoder):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+    def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
+        """Files -> uint8 (n, 3, H, W); those that cannot be read are left out."""
+        pictures = []
+        for content in files:
+            with suppress(UserError):
+                pictures.append(self.read(content))
+        return torch.stack(pictures) if pictures else torch.empty(0, 3, *self.config.size, dtype=torch.uint8)
+
     @staticmethod
-    def prepare(pixels: torch.Tensor) -> torch.Tensor:
+    def batch(pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> float -1..1"""
         return pixels.float() / 127.5 - 1
 
@@ -68,7 +81,7 @@ class ImageTokenizer(GridAutoencoder):
     def encode_batch(self, sources: list) -> list[np.ndarray]:
         """Pictures (see `read`) -> codes [rows, columns] each."""
         device = next(self.parameters()).device
-        codes = [self.encode(self.prepare(torch.stack([self.read(s) for s in sources[i : i + 64]]).to(device)))
+        codes = [self.encode(self.batch(torch.stack([self.read(s) for s in sources[i : i + 64]]).to(device)))
                  for i in range(0, len(sources), 64)]
         return list(torch.cat(codes).cpu().numpy())
 
@@ -80,3 +93,16 @@ class ImageTokenizer(GridAutoencoder):
             codes = torch.from_numpy(np.asarray(grid, np.int64)).to(device)
             pictures += self.to_pictures(self.decode(codes[None]))
         return pictures
+
+
+def preview(picture: Image.Image) -> Preview:
+    small = picture.copy()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return Preview(f"{picture.width}x{picture.height}", "image/png", encode_png(small, level=9),
+                   "pixels of a picture's longer side", max(picture.size))
+
+
+MODALITY = Modality(
+    name="image", plural="pictures", config=ImageConfig, tokenizer=ImageTokenizer, sized=True, value="a PIL image",
+    accepts=lambda value: isinstance(value, Image.Image), suffixes=IMAGE_SUFFIXES,
+    shard_endings=("png", "jpg", "jpeg", "webp"), load=load_image, save=encode_png, preview=preview)

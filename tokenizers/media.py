@@ -26,17 +26,6 @@ def _open(source):
     return open(path, "rb"), str(path)
 
 
-def modality_of_path(path) -> str:
-    """"image" or "audio" by the file's ending. Raises UserError on any other ending."""
-    suffix = Path(path).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
-    if suffix in AUDIO_SUFFIXES:
-        return "audio"
-    raise UserError(f"{path}: unknown kind of file; pictures end in {' '.join(IMAGE_SUFFIXES)}, "
-                    f"sounds in {' '.join(AUDIO_SUFFIXES)}")
-
-
 def load_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """path or bytes -> RGB picture; transparency is laid over white.
 

@@ -23,8 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from onevocab.common.errors import UserError
+from onevocab.tokenizers.modalities import MODALITIES
 
-ENDINGS = frozenset(("json", "txt", "jpg", "jpeg", "png", "webp", "flac", "wav", "npy"))
+ENDINGS = frozenset(("json", "txt", "npy", *(end for media in MODALITIES.values() for end in media.shard_endings)))
 MAX_MEMBER, MAX_NAME = 256 << 20, 4096  # bytes; characters of a member's name
 MAX_EXTENSION = 64 << 10  # bytes of a header that extends the next one
 HEADER_KEY, HEADER = "__header__/tokenizers", "__header__/tokenizers.json"

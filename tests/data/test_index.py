@@ -21,7 +21,8 @@ from samples import as_json, image, png, raw_samples, write_tar
 
 from onevocab.common.errors import UserError
 from onevocab.data.documents import BadSample, turns_of
-from onevocab.data.shards import index, list_shards, read_shard
+from onevocab.data.shards import index
+from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.data.shards.index import IndexedShard, build_index, build_indexes, index_path, read_indexed
 from onevocab.data.shards.writer import ShardFile
 

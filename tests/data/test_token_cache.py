@@ -135,7 +135,7 @@ def test_a_restart_among_a_million_samples_takes_less_than_a_second(tmp_path, to
         keep_synthetic(shards / f"s-{i}.tar", tokenizers, keep, 250_000, 8)
     config = LoaderConfig(seq_len=512, global_batch_size=4, window=4096)
     loader = PackedLoader(shards, tokenizers, config, cache_folder=keep)
-    assert len(loader._store) == 1_000_000
+    assert len(loader._cache) == 1_000_000
     state = {"epoch": 3, "window": 200, "row": 17, "fingerprint": loader.fingerprint}
     del loader
     begun = time.process_time()
@@ -183,17 +183,17 @@ def test_long_texts_become_several_documents_and_nothing_else_is_cut(tmp_path, t
     loader = PackedLoader(codes, tokenizers, CONFIG)
     n = int(whole._store.length[0])
     pieces = -(-n // CONFIG.seq_len)
-    assert pieces > 5 and len(loader._store) == len(whole._store) + pieces - 1 == 13 + pieces - 1
-    found = [loader._store[d] for d in range(pieces)]
+    assert pieces > 5 and len(loader._cache) == len(whole._store) + pieces - 1 == 13 + pieces - 1
+    found = [loader._cache[d] for d in range(pieces)]
     assert max(len(ids) for ids, _ in found) - min(len(ids) for ids, _ in found) <= 1
     for part, joined in zip(zip(*found, strict=True), whole._store[0], strict=True):
         assert np.array_equal(np.concatenate(part), joined)
     for d in range(1, 13):
-        assert all(map(np.array_equal, loader._store[d + pieces - 1], whole._store[d]))
+        assert all(map(np.array_equal, loader._cache[d + pieces - 1], whole._store[d]))
     assert loader.too_long == 1  # the conversation
     assert loader.summary()["samples"] == whole.summary()["samples"] == 13
     shown = sorted(entry[0] for window in range(loader.windows) for row in loader.rows(0, window) for entry in row)
-    assert shown == list(range(len(loader._store) - 1))
+    assert shown == list(range(len(loader._cache) - 1))
 
 
 def anonymous_memory() -> int:

@@ -1,0 +1,51 @@
+"""The registered modalities, and the one answer to "which modality is this?"."""
+
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from onevocab.common.errors import UserError
+from onevocab.tokenizers import audio, image
+from onevocab.tokenizers.modality import Modality
+
+# In the order of the vocabulary's ids. Append only: published ids keep their meaning.
+MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (
+    image.MODALITY,
+    audio.MODALITY,
+)}
+
+
+def registered(name: str) -> Modality:
+    """Raises UserError on a name that is not registered."""
+    if name not in MODALITIES:
+        raise UserError(f"this version does not know the modality {name!r}; it knows {', '.join(MODALITIES)}")
+    return MODALITIES[name]
+
+
+def modality_of_path(path) -> str:
+    """A modality's name by a file's ending, in capitals or not. Raises UserError on any other ending."""
+    suffix = PurePath(path).suffix.lower()
+    for modality in MODALITIES.values():
+        if suffix in modality.suffixes:
+            return modality.name
+    kinds = ", ".join(f"{modality.plural} end in {' '.join(modality.suffixes)}" for modality in MODALITIES.values())
+    raise UserError(f"{path}: unknown kind of file; {kinds}")
+
+
+def modality_of_ending(ending: str) -> str | None:
+    """A modality's name by the ending of a shard's member: `0.png`, or `0.image.npy` for codes; None for others."""
+    *before, last = ending.split(".")
+    if last == "npy" and before and before[-1] in MODALITIES:
+        return before[-1]
+    return next((modality.name for modality in MODALITIES.values() if last in modality.shard_endings), None)
+
+
+def modality_of_value(value) -> str:
+    """A modality's name by a Python value. Raises UserError when it is none that any modality takes."""
+    for modality in MODALITIES.values():
+        if modality.accepts(value):
+            return modality.name
+    raise UserError(f"a prompt's part is a str, a pathlib.Path, {', '.join(_values())}; found {type(value).__name__}")
+
+
+def _values() -> Iterator[str]:
+    return (modality.value for modality in MODALITIES.values())

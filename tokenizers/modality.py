@@ -1,0 +1,82 @@
+"""What a modality is: everything that the rest of the project needs to know about one kind of medium, in one value.
+
+A modality is one file (its configuration, its tokenizer, a `Modality` at the end) and one line in
+tokenizers/modalities.py. The configuration's section, the stage that trains the tokenizer, the range of ids, loss
+weights, temperatures, flags, the reader of files, and the previews of pages are all made from it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from pydantic import BaseModel
+from torch import Tensor
+
+
+class Preview(NamedTuple):
+    """A value made small enough for a page. label: what it is, in words; mime, content: a file that browsers show;
+    measure, size: what its length is measured in, and how long it is."""
+
+    label: str
+    mime: str
+    content: bytes
+    measure: str
+    size: float
+
+
+class MediaTokenizer(Protocol):
+    """Values <-> grids of codes: an `nn.Module` with a `quantizer`, trained by `train_autoencoder`.
+
+    `forward(x, quantize) -> (loss, what to log)` and `latents(x) -> (..., dim)` take what `batch` returns. A value is
+    what `Modality.load` returns; `encode_batch` takes paths and bytes of files too.
+    """
+
+    name: str
+    config: BaseModel  # has steps, batch_size, learning_rate
+
+    @property
+    def layout(self) -> dict:
+        """What the vocabulary needs to know: name, sizes, codes, rows (see `Vocabulary.build`)."""
+
+    @property
+    def max_grid(self) -> tuple[int, int]:
+        """The grid of codes that a reply needs at most, [first axis, second axis]."""
+
+    def training_set(self, files: Iterable[bytes]) -> Tensor:
+        """Files of shards -> examples (n, ...) on the CPU, unreadable files left out; n may be 0."""
+
+    def batch(self, examples: Tensor) -> Tensor:
+        """Some of `training_set`'s examples -> a batch of the network's input."""
+
+    def encode_batch(self, sources: list) -> list[np.ndarray]:
+        """Values, paths or bytes -> codes [first axis, second axis] each. Raises UserError on one that is unusable."""
+
+    def decode_batch(self, grids: list[np.ndarray]) -> list:
+        """Codes [first axis, second axis] each -> values."""
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One medium. All functions raise UserError on what they cannot read.
+
+    name: of the configuration's section, the stage, the range of ids, and sample.py's flag; plural: in messages;
+    config: the section's model, `tokenizer(config)` makes the tokenizer; sized: whether its span of ids says height
+    and width (a picture), or is open and ends with an id of its own (a sound); value: what its Python values are, in
+    words; accepts: whether a Python value is one; suffixes: endings of files that people give, with the dot, the first
+    is the one that `save` writes; shard_endings: endings of shards' members, without the dot; load: path or bytes of a
+    file -> a value, checked; save: a value -> the bytes of a file; preview: a value -> what a page shows of it.
+    """
+
+    name: str
+    plural: str
+    config: type[BaseModel]
+    tokenizer: Callable[[BaseModel], MediaTokenizer]
+    sized: bool
+    value: str
+    accepts: Callable[[object], bool]
+    suffixes: tuple[str, ...]
+    shard_endings: tuple[str, ...]
+    load: Callable[[object], object]
+    save: Callable[[object], bytes]
+    preview: Callable[[object], Preview]
