@@ -1,17 +1,19 @@
 """The registered modalities, and the one answer to "which modality is this?"."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import PurePath
 
 from onevocab.common.errors import UserError
-from onevocab.tokenizers import audio, image
 from onevocab.tokenizers.modality import Modality
 
-# In the order of the vocabulary's ids. Append only: published ids keep their meaning.
+# Modules of tokenizers/ in the order of the vocabulary's ids. Append only: published ids keep their meaning.
+MODULES = (
+    "image",
+    "audio",
+)
 MODALITIES: dict[str, Modality] = {modality.name: modality for modality in (
-    image.MODALITY,
-    audio.MODALITY,
-)}
+    import_module(f"onevocab.tokenizers.{name}").MODALITY for name in MODULES)}
 
 
 def registered(name: str) -> Modality:

@@ -111,9 +111,9 @@ def test_ten_kinds_of_damage_are_counted_named_and_left_out(tmp_path, tokenizers
     # Read without codes: the same samples, the same ids, and the bad ones leave their place empty.
     raw = PackedLoader(tmp_path / "raw", tokenizers, CONFIG)
     codes = PackedLoader(tmp_path / "codes", tokenizers, CONFIG)
-    assert raw.bad.bad == 10 and len(raw._store) == 1000 and len(codes._store) == 990
-    filled = np.flatnonzero(raw._store.length)
-    assert all(np.array_equal(raw._store[d][0], codes._store[i][0]) for i, d in enumerate(filled.tolist()))
+    assert raw.bad.bad == 10 and len(raw._cache) == 1000 and len(codes._cache) == 990
+    filled = np.flatnonzero(raw._cache.length)
+    assert all(np.array_equal(raw._cache[d][0], codes._cache[i][0]) for i, d in enumerate(filled.tolist()))
     shown = [entry[0] for window in range(raw.windows) for row in raw.rows(0, window) for entry in row]
     assert sorted(shown) == filled.tolist()
 

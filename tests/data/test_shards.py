@@ -231,7 +231,7 @@ def test_other_tokenizers_are_refused(raw, tmp_path, tokenizers):
     with pytest.raises(UserError, match="was made from other tokenizers"):
         tokenize_shards(raw, tmp_path / "a", other, progress=False)
     assert tokenize_shards(raw, tmp_path / "a", other, progress=False, overwrite=True).skipped == 0
-    assert len(list(PackedLoader(tmp_path / "a", other)._store.length)) == 24
+    assert len(list(PackedLoader(tmp_path / "a", other)._cache.length)) == 24
     with pytest.raises(UserError, match="folder of the raw shards"):
         tokenize_shards(raw, raw, tokenizers, progress=False)
 

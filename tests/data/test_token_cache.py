@@ -181,15 +181,15 @@ def test_long_texts_become_several_documents_and_nothing_else_is_cut(tmp_path, t
     codes = write_codes(tmp_path / "codes", tokenizers, samples)
     whole = PackedLoader(codes, tokenizers, LoaderConfig(seq_len=4096, global_batch_size=1))
     loader = PackedLoader(codes, tokenizers, CONFIG)
-    n = int(whole._store.length[0])
+    n = int(whole._cache.length[0])
     pieces = -(-n // CONFIG.seq_len)
-    assert pieces > 5 and len(loader._cache) == len(whole._store) + pieces - 1 == 13 + pieces - 1
+    assert pieces > 5 and len(loader._cache) == len(whole._cache) + pieces - 1 == 13 + pieces - 1
     found = [loader._cache[d] for d in range(pieces)]
     assert max(len(ids) for ids, _ in found) - min(len(ids) for ids, _ in found) <= 1
-    for part, joined in zip(zip(*found, strict=True), whole._store[0], strict=True):
+    for part, joined in zip(zip(*found, strict=True), whole._cache[0], strict=True):
         assert np.array_equal(np.concatenate(part), joined)
     for d in range(1, 13):
-        assert all(map(np.array_equal, loader._cache[d + pieces - 1], whole._store[d]))
+        assert all(map(np.array_equal, loader._cache[d + pieces - 1], whole._cache[d]))
     assert loader.too_long == 1  # the conversation
     assert loader.summary()["samples"] == whole.summary()["samples"] == 13
     shown = sorted(entry[0] for window in range(loader.windows) for row in loader.rows(0, window) for entry in row)
