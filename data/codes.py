@@ -185,7 +185,8 @@ def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, by
     for modality in dict.fromkeys(kind for kind, _ in media.values()):
         files = {digest: file for digest, (kind, file) in media.items() if kind == modality}
         if modality not in tokenizers.vocab.spans:
-            raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
+            raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know; add a section "
+                            f"[{modality}] to its configuration, or take these samples out")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
             found = [codes_to_npy(codes, n_codes) for codes in tokenizers.encode_batch(modality, list(files.values()))]

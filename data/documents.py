@@ -12,6 +12,7 @@ import numpy as np
 from onevocab.common.errors import UserError
 from onevocab.data.shards.format import Sample, npy_to_codes
 from onevocab.tokenizers.document import Document, Segment
+from onevocab.tokenizers.modalities import MODALITIES, modality_of_ending
 from onevocab.tokenizers.vocabulary import ROLES
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
@@ -90,14 +91,6 @@ class Turn(NamedTuple):
     parts: tuple[Part, ...]
 
 
-def modality_of_ending(ending: str) -> str | None:
-    """"image" or "audio" by a member's ending (`0.png`, `0.image.npy`), None for anything else."""
-    *before, last = ending.split(".")
-    if last == "npy":
-        return before[-1] if before and before[-1] in ("image", "audio") else None
-    return "image" if last in IMAGE_ENDINGS else "audio" if last in AUDIO_ENDINGS else None
-
-
 def turns_of(sample: Sample) -> tuple[Turn, ...]:
     """What a sample says, before anything is decoded.
 
@@ -155,7 +148,7 @@ def _part(sample: Sample, part) -> Part:
             raise ValueError("a text part without a text")
         text.encode("utf-8")  # JSON can spell half a surrogate pair, which no encoding takes
         return Part("text", text)
-    if kind not in ("image", "audio"):
+    if kind not in MODALITIES:
         raise ValueError(f"a part of unknown type {kind!r}")
     ending = part.get("file")
     if not isinstance(ending, str) or ending not in sample.members:
