@@ -122,7 +122,7 @@ class Middle(nn.Module):
     def __init__(self):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        self.quantizer = SimpleNamespace(start=lambda latents: None)
+        self.quantizer = SimpleNamespace(init_codebook=lambda latents: None)
 
     def latents(self, rows):
         return rows[None, None]
