@@ -31,6 +31,7 @@ class Bar(NamedTuple):
 
 
 BARS = {
+    "A quantizer": Bar(("tokenizers/quantizers/*.py",), 1),
     "A kernel": Bar(("kernels/*/", "benchmarks/*.py", "tests/kernels/interpreter/test_*_triton.py"), 0),
 }
 
