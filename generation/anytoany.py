@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.generation import engine
 from onevocab.generation.sampling import Sampling
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
+from onevocab.model.weights import load_into, load_weights
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment
 from onevocab.tokenizers.grammar import Grammar
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_path, modality_of_value
 from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
-from onevocab.training.checkpoint import list_steps, load_into, load_weights
 
 STAGES = ("instruct", "pretrain")  # the newest first
 HOW_TO_MAKE = "make one with `make demo` or `torchrun train.py configs/demo.toml`"

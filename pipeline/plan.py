@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import invalid
 from onevocab.data.loader import Batch, PackedLoader
 from onevocab.model.decoder import Decoder
@@ -15,7 +16,6 @@ from onevocab.pipeline.sources import open_source
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.vocabulary import Vocabulary
-from onevocab.training import checkpoint
 from onevocab.training.loop import NextTokenLoss
 from onevocab.training.plan import PlanConfig, probe, si, stage_lines
 
@@ -50,7 +50,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
         found += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
                              lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
-        if checkpoint.list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
+        if list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
             found += _source_lines(config, stage)
     return found
 

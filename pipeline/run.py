@@ -13,6 +13,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
@@ -22,13 +23,14 @@ from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
 from onevocab.demo.writer import write_demo
 from onevocab.model.decoder import Decoder
+from onevocab.model.weights import load_into, load_weights
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.sources import open_source
 from onevocab.pipeline.tokenizer_samples import media_files, texts
 from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextTokenizer
-from onevocab.training import checkpoint, distributed
+from onevocab.training import distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.faults import run_lock
 from onevocab.training.loop import train_language
@@ -211,19 +213,19 @@ class Run:
         media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
         for name in self.trained:
             tokenizer = MODALITIES[name].tokenizer(getattr(self.config, name))
-            newest = next(iter(checkpoint.list_steps(self.folder / name)), self.folder / name / "step-N")
+            newest = next(iter(list_steps(self.folder / name)), self.folder / name / "step-N")
             try:
-                weights, _ = checkpoint.load_weights(newest)
+                weights, _ = load_weights(newest)
             except UserError as error:
                 raise UserError(f"{error}; remove {self.folder / name / 'done.json'} to train its last steps "
                                 "again") from None
-            checkpoint.load_into(tokenizer, weights, newest)
+            load_into(tokenizer, weights, newest)
             media[name] = tokenizer
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
         Tokenizers(text, {name: media[name] for name in MODALITIES if name in media}).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
-        steps = distributed.broadcast([path.name for path in checkpoint.list_steps(self.folder / (after or name))])
+        steps = distributed.broadcast([path.name for path in list_steps(self.folder / (after or name))])
         vocabulary, loader, decoder = distributed.all_or_raise(lambda: self._make_ready(name, settings, after, steps))
         if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
             raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
@@ -253,7 +255,7 @@ class Run:
             if not steps:
                 raise UserError(f"{self.folder / after} holds no checkpoint; remove its done.json")
             newest = self.folder / after / steps[0]
-            checkpoint.load_into(decoder, checkpoint.load_weights(newest)[0], newest)
+            load_into(decoder, load_weights(newest)[0], newest)
         elif self.source is not None and not steps:
             self.source.load(decoder, tokenizers.vocab)
         decoder.old_rows = 0 if self.source is None else self.source.rows

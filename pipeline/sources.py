@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json, sha256_file
 from onevocab.common.provenance import first_difference
@@ -17,11 +18,11 @@ from onevocab.generation.anytoany import STAGES
 from onevocab.model.config import ModelConfig, ModelSection
 from onevocab.model.decoder import Decoder
 from onevocab.model.pretrained import agreed, check_weights, read_shape, read_weights, start_from, weight_files
+from onevocab.model.weights import load_weights
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.pretrained_text import read_tokenizer
 from onevocab.tokenizers.text import TextTokenizer
 from onevocab.tokenizers.vocabulary import Vocabulary
-from onevocab.training.checkpoint import list_steps, load_weights
 
 
 def open_source(init: str | None, init_from: str | None):

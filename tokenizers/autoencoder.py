@@ -7,27 +7,28 @@ predict. The decoder may look around (3x3), so it hides the seams.
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from onevocab.tokenizers.quantizers import QuantizerConfig, build_quantizer
+from onevocab.tokenizers.quantizers import DEFAULT_CONFIG, AnyQuantizerConfig, build_quantizer
 
 
 class AutoencoderConfig(BaseModel):
-    """width: channels at the grid; fine_width: after one upsampling by two; *_blocks: residual blocks of each part;
-    global_context: the decoder also sees the mean over the whole grid, so that what all patches share (a background)
-    need not be said by each code."""
+    """The network of a media tokenizer and its quantizer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    width: int = Field(default=128, ge=8)
-    fine_width: int = Field(default=64, ge=8)
-    encoder_blocks: int = Field(default=2, ge=0)
-    encoder_kernel: int = Field(default=1, ge=1, le=7)
-    decoder_blocks: int = Field(default=2, ge=0)
-    decoder_kernel: int = Field(default=3, ge=1, le=7)
-    fine_blocks: int = Field(default=2, ge=0)
-    global_context: bool = False
-    quantizer: QuantizerConfig = QuantizerConfig()
+    width: int = Field(128, ge=8, description="channels at the grid of codes")
+    fine_width: int = Field(64, ge=8, description="channels after the decoder's first upsampling, by two")
+    encoder_blocks: int = Field(2, ge=0, description="residual blocks of the encoder")
+    encoder_kernel: int = Field(1, ge=1, le=7, description="patches each way that an encoder's convolution sees; 1: a "
+                                "code depends on its own patch alone")
+    decoder_blocks: int = Field(2, ge=0, description="residual blocks of the decoder, at the grid")
+    decoder_kernel: int = Field(3, ge=1, le=7, description="places each way that their convolutions see")
+    fine_blocks: int = Field(2, ge=0, description="residual blocks of the decoder after its first upsampling")
+    global_context: bool = Field(False, description="the decoder also sees the mean over the whole grid, so that what "
+                                 "all patches share (a background) need not be said by each code")
+    quantizer: AnyQuantizerConfig = Field(DEFAULT_CONFIG, description="vectors to codes: a kind and its settings")
 
 
 class Block(nn.Module):
@@ -57,9 +58,10 @@ class GlobalContext(nn.Module):
 
 
 class GridAutoencoder(nn.Module):
-    """(B, channels, H, W) <-> grid of codes (B, H / patch[0], W / patch[1]).
+    """(B, channels, H, W) <-> grid of codes (B, H / patch[0], W / patch[1] * codes_per_place).
 
-    H and W are multiples of the patch; the patch's sides are even.
+    H and W are multiples of the patch; the patch's sides are even. The codes of one place stand side by side, so that
+    vocabulary, documents and shards need not know how many there are.
     """
 
     def __init__(self, channels: int, patch: tuple[int, int], config: AutoencoderConfig):
@@ -83,21 +85,26 @@ class GridAutoencoder(nn.Module):
 
     def latents(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, h, w, dim), before the quantizer."""
-        return self.encoder(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1).float()
+        return rearrange(self.encoder(x.contiguous(memory_format=torch.channels_last)), "b c h w -> b h w c").float()
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """(B, h, w, dim) -> (B, channels, H, W)"""
-        return self.decoder(latents.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)).float()
+        channels_first = rearrange(latents, "b h w c -> b c h w")
+        return self.decoder(channels_first.contiguous(memory_format=torch.channels_last)).float()
 
     @torch.inference_mode()
     def encode(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> codes (B, h, w) int64"""
-        return self.quantizer.encode(self.latents(x))
+        """(B, channels, H, W) -> codes (B, h, w * codes_per_place) int64"""
+        return rearrange(self.quantizer.encode(self.latents(x)), "b h w codes -> b h (w codes)")
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """codes (B, h, w) -> (B, channels, H, W)"""
-        return self.reconstruct(self.quantizer.decode(codes))
+        """codes (B, h, w * codes_per_place) -> (B, channels, H, W). Code 0 completes a last place that is not whole, as
+        a model may write it: every grid has a picture."""
+        per_place = self.quantizer.codes_per_place
+        codes = F.pad(codes, (0, -codes.shape[-1] % per_place))
+        places = rearrange(codes, "b h (w codes) -> b h w codes", codes=per_place)
+        return self.reconstruct(self.quantizer.decode(places))
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch (B, channels, H, W) and what to log. quantize=False trains a plain autoencoder, from whose

@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT, train
 from tiny_training import Loader, run
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked
+from onevocab.model.weights import load_weights
 from onevocab.pipeline.config import read_config
-from onevocab.training import checkpoint
 from onevocab.training.faults import Stopped
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 
@@ -72,7 +73,7 @@ def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(tmp_path):
 
     with pytest.raises(Stopped, match="step 7"):
         run(tmp_path / "cut", Interrupted())
-    assert [p.name for p in checkpoint.list_steps(tmp_path / "cut" / "stage")][0] == "step-7"
+    assert [p.name for p in list_steps(tmp_path / "cut" / "stage")][0] == "step-7"
     resumed = run(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -106,7 +107,7 @@ def test_a_non_finite_step_is_skipped_and_too_many_stop_the_run(tmp_path):
     (tmp_path / "many").mkdir()
     with pytest.raises(UserError, match="not finite 3 steps in a row"):
         run(tmp_path / "many", Loader(poison={6, 7, 8}))
-    assert checkpoint.list_steps(tmp_path / "many" / "stage")[0].name == "step-8", "skipped steps change nothing"
+    assert list_steps(tmp_path / "many" / "stage")[0].name == "step-8", "skipped steps change nothing"
 
 
 def test_curves_are_drawn_and_half_a_line_does_no_harm(tmp_path):
@@ -195,5 +196,5 @@ def test_a_run_killed_in_several_stages_ends_with_the_same_weights(tmp_path):
     done = train("configs/smoke.toml", f"--folder={cut}")
     assert done.returncode == 0, done.stderr
     for stage in ("image", "audio", "pretrain", "instruct"):
-        weights = [checkpoint.load_weights(checkpoint.list_steps(run / stage)[0])[0] for run in (whole, cut)]
+        weights = [load_weights(list_steps(run / stage)[0])[0] for run in (whole, cut)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]), stage

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_step, tiny_tokenizers
 from tiny_qwen import PIECES, ROWS, edit, write_qwen
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.generation import AnyToAny
 from onevocab.model.config import ModelConfig
@@ -23,7 +24,6 @@ from onevocab.pipeline.sources import OldRun, PretrainedFolder, open_source
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.pretrained_text import read_tokenizer
 from onevocab.tokenizers.vocabulary import Vocabulary
-from onevocab.training import checkpoint
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_a_whole_run_from_pretrained_weights_and_one_that_adds_sound_to_it(tmp_p
     assert one.tokenizers.text.to_json() == read_tokenizer(folder, ROWS).to_json()
     text = one.generate("What is this?", want="text", max_new_tokens=8)
     assert all(id < PIECES or id == one.vocab.end_of_turn for id in text.ids)
-    assert "init" not in json.loads((checkpoint.list_steps(first / "instruct")[0] / "model.json").read_text())["config"]
+    assert "init" not in json.loads((list_steps(first / "instruct")[0] / "model.json").read_text())["config"]
     again = train(str(first / "config.toml"))
     assert again.returncode == 0, again.stderr
     edit(folder / "tokenizer.json", lambda data: data.update(version="1.1"))

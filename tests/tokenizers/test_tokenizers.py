@@ -12,14 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 
-from onevocab.common.errors import UserError
+from onevocab.common.errors import UserError, invalid
 from onevocab.tokenizers.audio import RATE, AudioConfig, AudioTokenizer
+from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, conversation, decode_document, encode_document
 from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
-from onevocab.tokenizers.quantizers import FiniteScalarQuantizer, QuantizerConfig, VectorQuantizer
+from onevocab.tokenizers.quantizers import CLASSES, QUANTIZERS
+from onevocab.tokenizers.quantizers.base import Quantizer
+from onevocab.tokenizers.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
+from onevocab.tokenizers.quantizers.vq import VectorQuantizer, VQConfig
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.tokenizers.torchaudio_guard import torchaudio
 from onevocab.tokenizers.vocabulary import SPARE, SPECIALS, Vocabulary, special_spelling
@@ -126,11 +131,11 @@ def test_text_of_any_kind_comes_back():
 
 def test_fsq_equals_the_published_implementation():
     peer = pytest.importorskip("vector_quantize_pytorch").FSQ(levels=[8, 5, 5, 4], preserve_symmetry=False)
-    ours = FiniteScalarQuantizer((8, 5, 5, 4))
+    ours = FiniteScalarQuantizer(FSQConfig(levels=(8, 5, 5, 4)))
     z = torch.randn(3, 7, 4) * 2
     theirs, their_codes = peer(z)
     quantized, codes, _ = ours.quantize(z)
-    assert torch.equal(codes, their_codes.long())
+    assert torch.equal(codes, their_codes.long()[..., None])
     torch.testing.assert_close(quantized, theirs)
     torch.testing.assert_close(ours.decode(codes), peer.indices_to_codes(their_codes))
 
@@ -138,16 +143,16 @@ def test_fsq_equals_the_published_implementation():
 def test_vq_assigns_like_the_published_implementation():
     library = pytest.importorskip("vector_quantize_pytorch")
     peer = library.VectorQuantize(dim=8, codebook_size=32, use_cosine_sim=True).eval()
-    ours = VectorQuantizer(QuantizerConfig(codebook_size=32, dim=8))
+    ours = VectorQuantizer(VQConfig(codebook_size=32, dim=8))
     ours.codebook.copy_(peer.codebook)
     z = torch.randn(5, 20, 8)
-    assert torch.equal(ours.encode(z), peer(z)[1])
+    assert torch.equal(ours.encode(z), peer(z)[1][..., None])
 
 
 def test_vq_learns_clusters_restarts_dead_codes_and_passes_gradients():
     torch.manual_seed(0)
     centres = torch.nn.functional.normalize(torch.randn(16, 8), dim=-1)
-    quantizer = VectorQuantizer(QuantizerConfig(codebook_size=32, dim=8, decay=0.9)).train()
+    quantizer = VectorQuantizer(VQConfig(codebook_size=32, dim=8, decay=0.9)).train()
 
     def draw():
         return torch.nn.functional.normalize(centres[torch.randint(16, (512,))] + 0.02 * torch.randn(512, 8), dim=-1)
@@ -164,6 +169,43 @@ def test_vq_learns_clusters_restarts_dead_codes_and_passes_gradients():
     assert z.grad.abs().sum() > 0
 
 
+def test_a_quantizers_kind_says_which_settings_there_are():
+    def read(quantizer):
+        return ImageConfig.model_validate({"quantizer": quantizer}).quantizer
+
+    assert ImageConfig().quantizer == read({}) == VQConfig()
+    assert read({"codebook_size": 64}) == VQConfig(codebook_size=64)
+    assert read({"kind": "fsq", "levels": [4, 4]}) == FSQConfig(levels=(4, 4))
+    assert set(QUANTIZERS) == {"vq", "fsq"} and all(cls.Config().kind == kind for kind, cls in CLASSES.items())
+    for wrong, message in (({"kind": "fsq", "codebook_size": 64}, "fsq.codebook_size: unknown key"),
+                           ({"levels": [4, 4]}, "vq.levels: unknown key"), ({"kind": "lfq"}, "'vq', 'fsq'")):
+        with pytest.raises(ValidationError) as raised:
+            read(wrong)
+        assert message in str(invalid(raised.value, "x.toml"))
+
+
+class Digits(Quantizer):
+    """Two codes a place: the digits of round(z) to base 10."""
+
+    dim, codebook_size, codes_per_place = 1, 10, 2
+
+    def encode(self, z):
+        return torch.cat([z.round().long() // 10, z.round().long() % 10], -1)
+
+    def decode(self, codes):
+        return (codes[..., :1] * 10 + codes[..., 1:]).float()
+
+
+def test_the_codes_of_a_place_stand_side_by_side():
+    model = GridAutoencoder(1, (2, 2), AutoencoderConfig(quantizer=FSQConfig(levels=(4,))))
+    model.quantizer, model.encoder, model.decoder = Digits(), torch.nn.AvgPool2d(2), torch.nn.Upsample(scale_factor=2)
+    x = torch.tensor([[12.0, 34.0, 56.0], [78.0, 90.0, 1.0]])
+    codes = model.encode(x.repeat_interleave(2, 0).repeat_interleave(2, 1)[None, None])
+    assert codes.tolist() == [[[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 1]]]
+    assert torch.equal(model.decode(codes)[0, 0, ::2, ::2], x)
+    assert model.decode(codes[..., :3])[0, 0, ::2, ::2].tolist() == [[12, 30], [78, 90]], "0 completes the last place"
+
+
 # ------------------------------------------------------------------------------------------------ media tokenizers
 
 
@@ -171,8 +213,8 @@ def test_vq_learns_clusters_restarts_dead_codes_and_passes_gradients():
 def tokenizers(tmp_path_factory) -> Tokenizers:
     torch.manual_seed(0)
     small = {"width": 16, "fine_width": 8, "encoder_blocks": 1, "decoder_blocks": 1, "fine_blocks": 1}
-    image = ImageTokenizer(ImageConfig(**small, quantizer=QuantizerConfig(codebook_size=64, dim=8))).eval()
-    audio = AudioTokenizer(AudioConfig(**small, quantizer=QuantizerConfig(kind="fsq", levels=(4, 4, 4)))).eval()
+    image = ImageTokenizer(ImageConfig(**small, quantizer=VQConfig(codebook_size=64, dim=8))).eval()
+    audio = AudioTokenizer(AudioConfig(**small, quantizer=FSQConfig(levels=(4, 4, 4)))).eval()
     bundle = Tokenizers(TEXT, {"image": image, "audio": audio})
     bundle.save(tmp_path_factory.mktemp("tokenizers"))
     return bundle

@@ -17,6 +17,8 @@ from conftest import ROOT
 from tiny_training import CONFIG, free_port, run
 from tqdm import tqdm
 
+from onevocab.common.checkpoint_files import list_steps
+from onevocab.model.weights import load_weights
 from onevocab.training import checkpoint
 from onevocab.training.metrics import read_metrics
 
@@ -42,9 +44,9 @@ def finished(*arguments, seconds: float = 120, **options) -> str:
 
 def outcome(folder, steps: int = STEPS):
     """(weights, losses by step) of a finished run."""
-    newest = checkpoint.list_steps(folder / "stage")[0]
+    newest = list_steps(folder / "stage")[0]
     assert newest.name == f"step-{steps}"
-    return checkpoint.load_weights(newest)[0], read_losses(folder)
+    return load_weights(newest)[0], read_losses(folder)
 
 
 def read_losses(folder) -> dict[int, float]:
@@ -104,7 +106,7 @@ def test_killed_at_twenty_moments(whole, tmp_path, background):
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(whole, tmp_path, number):
     err = finished(tmp_path, "--at", 6, "--kill", int(number), "--save-every", 100)
     assert "stopped at step 7" in err  # between two lines of the log, whose losses are to be of all their steps
-    assert [path.name for path in checkpoint.list_steps(tmp_path / "stage")] == ["step-7"]
+    assert [path.name for path in list_steps(tmp_path / "stage")] == ["step-7"]
     finished(tmp_path, "--save-every", 100)
     assert same(outcome(tmp_path), whole)
 
@@ -128,7 +130,7 @@ def test_torchrun_asked_to_stop_saves(tmp_path):
     process.terminate()
     err = process.communicate(timeout=60)[1]
     assert err.count("stage stopped at step") == 2 and "Traceback" not in err.partition("stopped at")[0]
-    assert len(checkpoint.list_steps(tmp_path / "stage")) == 1
+    assert len(list_steps(tmp_path / "stage")) == 1
 
 
 @pytest.mark.slow
@@ -175,7 +177,7 @@ def test_starved_alone_it_ends_with_one_line(tmp_path):
     process = start(tmp_path, "--at", 5, "--stall", 2)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 3 and "error: stage: rank 0 has waited" in err and "Traceback" not in err
-    assert checkpoint.list_steps(tmp_path / "stage")[0].name == "step-5"
+    assert list_steps(tmp_path / "stage")[0].name == "step-5"
 
 
 def test_the_watchdog_ends_a_process_whose_words_nobody_takes():
@@ -203,9 +205,9 @@ def test_the_number_of_ranks_may_change(whole, tmp_path):
     allowed = 2 * max(abs(one[step] - exact[step]) for step in one)
     assert 0 < max(abs(changing[step] - one[step]) for step in one) <= allowed < 1e-4
     finished(tmp_path / "one", "--set", "optimizer.ema_decay=0.9")  # the average of the weights went along
-    averages = [checkpoint.load_weights(checkpoint.list_steps(tmp_path / name / "stage")[0])[0]
+    averages = [load_weights(list_steps(tmp_path / name / "stage")[0])[0]
                 for name in ("changing", "one")]
-    live = checkpoint.load_weights(checkpoint.list_steps(tmp_path / "exact" / "stage")[0])[0]
+    live = load_weights(list_steps(tmp_path / "exact" / "stage")[0])[0]
     for name, value in averages[0].items():
         apart = (value - averages[1][name]).norm()
         assert apart <= 0.05 * (averages[1][name] - live[name]).norm() + 1e-6, name
@@ -223,7 +225,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path, paral
 @pytest.mark.slow
 def test_one_byte_of_any_checkpoint_file_is_noticed(whole, tmp_path):
     finished(tmp_path)
-    newest = checkpoint.list_steps(tmp_path / "stage")[0]
+    newest = list_steps(tmp_path / "stage")[0]
     files, places = sorted(path for path in newest.rglob("*") if path.is_file()), random.Random(1)
     assert len(files) == 5
     for path in files:

@@ -9,10 +9,12 @@ import torch
 from tiny_training import CONFIG, Loader, on_two_ranks, run
 from torch import nn
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
-from onevocab.training import checkpoint, distributed
+from onevocab.model.weights import load_tensors, load_weights
+from onevocab.training import distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.config import TrainConfig
 from onevocab.training.loop import NextTokenLoss, backward, keep_new_rows
@@ -122,7 +124,7 @@ class Middle(nn.Module):
     def __init__(self):
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-        self.quantizer = SimpleNamespace(start=lambda latents: None)
+        self.quantizer = SimpleNamespace(init_codebook=lambda latents: None)
 
     def latents(self, rows):
         return rows[None, None]
@@ -156,7 +158,7 @@ def test_a_tokenizer_whose_loss_is_not_finite_stops_and_saves_nothing(tmp_path):
     samples = iter([torch.ones(5, 3, dtype=torch.float64), torch.full((5, 3), float("nan"), dtype=torch.float64)])
     with pytest.raises(UserError, match="not finite at step 2"):
         train_autoencoder(Middle(), lambda _: next(samples), 8, 0.1, tmp_path / "stage", MetricsLog(), "stage", 0)
-    assert not checkpoint.list_steps(tmp_path / "stage")
+    assert not list_steps(tmp_path / "stage")
 
 
 def test_recomputing_gives_the_same_bits_and_keeps_less():
@@ -190,14 +192,14 @@ def test_averaged_weights_are_what_is_used_afterwards(tmp_path):
             run_until(tmp_path, loader, config, until)
         else:
             run(tmp_path, loader, config)
-        seen.append(checkpoint._load_tensors(tmp_path / "stage" / f"step-{until}" / "model.safetensors"))
+        seen.append(load_tensors(tmp_path / "stage" / f"step-{until}" / "model.safetensors"))
     torch.manual_seed(0)
     start = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
     average = {name: value.double() for name, value in start.state_dict().items()}
     for done, weights in enumerate(seen, 1):
         part = max(0.3, 1 / (done + 1))
         average = {name: (1 - part) * value + part * weights[name] for name, value in average.items()}
-    used = checkpoint.load_weights(tmp_path / "stage" / "step-6")[0]
+    used = load_weights(tmp_path / "stage" / "step-6")[0]
     assert all(torch.allclose(used[name].double(), average[name], rtol=0, atol=1e-6) for name in average)
     assert not torch.equal(used["norm.weight"], seen[-1]["norm.weight"])
 
@@ -226,7 +228,7 @@ def test_new_rows_first(tmp_path):
     start = Decoder(ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp_dim=64, max_length=32), 20)
     start = {name: value.clone() for name, value in start.state_dict().items()}
     run(tmp_path, Loader(), settings(steps=8, save_every=5, new_rows_steps=5), old_rows=12)
-    first, last = (checkpoint.load_weights(tmp_path / "stage" / f"step-{step}")[0] for step in (5, 8))
+    first, last = (load_weights(tmp_path / "stage" / f"step-{step}")[0] for step in (5, 8))
     table = "embed_tokens.weight"
     assert [name for name in start if not torch.equal(start[name], first[name])] == [table]
     assert torch.equal(start[table][:12], first[table][:12]) and (start[table] != first[table])[12:].any(1).all()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_faults import finished, outcome, same, start
 
-from onevocab.training import checkpoint
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.training.metrics import read_metrics
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
@@ -47,7 +47,7 @@ def hurt(what: str, process, folder: Path, choice: random.Random) -> bool:
     elif what == "flip a byte":
         process.terminate()
         process.wait()
-        newest = checkpoint.list_steps(folder / "stage")[:1]
+        newest = list_steps(folder / "stage")[:1]
         for path in choice.sample(sorted(path for path in newest[0].rglob("*") if path.is_file()), 1) if newest else []:
             content = bytearray(path.read_bytes())
             content[choice.randrange(len(content))] ^= 1

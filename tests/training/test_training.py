@@ -9,7 +9,9 @@ import torch
 from tiny_training import Loader, on_two_ranks
 from torch import nn
 
+from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
+from onevocab.model.weights import load_into, load_weights
 from onevocab.training import checkpoint, distributed
 from onevocab.training.muon import Muon, OptimizerConfig, build_optimizers, orthogonalise
 from onevocab.training.schedule import ScheduleConfig, multiplier
@@ -130,7 +132,7 @@ def test_keeps_two_and_sweeps_what_a_kill_left(tmp_path):
         save(tmp_path, step, model, None)
     save(tmp_path, 100, model, None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-100"]
-    assert checkpoint.list_steps(tmp_path)[0].name == "step-100"
+    assert list_steps(tmp_path)[0].name == "step-100"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer/shard-00001-model-00001-of-00001.safetensors",
@@ -162,7 +164,7 @@ def test_a_damaged_newer_checkpoint_takes_no_place_among_the_two_that_are_kept(t
     (tmp_path / "step-1000" / "model.safetensors").write_bytes(b"")
     assert checkpoint.find(tmp_path).step == 500
     save(tmp_path, 600, model, None)
-    assert [path.name for path in checkpoint.list_steps(tmp_path)] == ["step-600", "step-500"]
+    assert [path.name for path in list_steps(tmp_path)] == ["step-600", "step-500"]
 
 
 @pytest.mark.parametrize(("name", "text"), [
@@ -180,15 +182,15 @@ def test_a_strange_file_is_passed_over_in_one_line(tmp_path, name, text):
 def test_weights_for_sampling(tmp_path):
     model = Small()
     folder = save(tmp_path, 3, model, None)
-    weights, info = checkpoint.load_weights(folder)
+    weights, info = load_weights(folder)
     assert info == {"vocab_size": 11} and torch.equal(weights["up.weight"], model.up.weight)
     with pytest.raises(UserError, match="another model: up.weight is"):
-        checkpoint.load_into(model, weights | {"up.weight": torch.zeros(3, 3)}, folder)
+        load_into(model, weights | {"up.weight": torch.zeros(3, 3)}, folder)
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.load_weights(tmp_path / "step-4")
+        load_weights(tmp_path / "step-4")
     (folder / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="model.safetensors is damaged"):
-        checkpoint.load_weights(folder)
+        load_weights(folder)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
