@@ -21,7 +21,7 @@ TEXT = ["a red apple on a green field", "what is in the picture? é 漢字", "dr
 def tiny_tokenizers(seed: int = 0, codes: int = 16) -> Tokenizers:
     """16x16 pictures of 4x4 codes, sounds of 2 codes a column and at most a second."""
     torch.manual_seed(seed)
-    quantizer = {"codes": codes, "dim": 4}
+    quantizer = {"codebook_size": codes, "dim": 4}
     image = ImageTokenizer(ImageConfig(size=(16, 16), patch=4, max_side=8, quantizer=quantizer, **SMALL))
     audio = AudioTokenizer(AudioConfig(mels=16, rows=2, max_seconds=1.0, quantizer=quantizer, **SMALL))
     text = TextTokenizer.train(TEXT, TextConfig(vocab_size=290))
