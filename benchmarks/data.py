@@ -37,7 +37,7 @@ from benchmarks import measure
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
-from onevocab.data.documents import UNDECODABLE, BadSample, media_endings, turns_of
+from onevocab.data.documents import UNDECODABLE, BadSample, document_of
 from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import read_shard
 from onevocab.data.shards.index import IndexedShard, build_index, index_path, read_indexed
@@ -165,8 +165,8 @@ def usable(path: Path) -> Iterator[tuple]:
     """Every sample with all checks, its picture decoded; a bad one is counted as such."""
     for sample in read_indexed(path, verify=True, salvage=True):
         try:
-            turns = turns_of(sample)
-            yield turns, [load_image(sample.members[ending]) for ending in media_endings(turns)]
+            document = document_of(sample)
+            yield document, [load_image(shown.content.content) for shown in document.media]
         except (BadSample, *UNDECODABLE) as error:
             yield error, None
 

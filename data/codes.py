@@ -22,9 +22,7 @@ from onevocab.data.documents import (
     BadSample,
     BadSamples,
     codes_ending,
-    media_endings,
-    modality_of_ending,
-    turns_of,
+    document_of,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.shards.index import build_index, read_indexed
@@ -69,9 +67,9 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
         if not is_remote(shard) and out.resolve().parent == Path(shard).resolve().parent:
             raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
         local = cache.fetch(shard)
-        found = read_header(local)
-        if found:
-            check_header(shown(shard), found, tokenizers.hash)
+        made_by = read_header(local)
+        if made_by:
+            check_header(shown(shard), made_by, tokenizers.hash)
         header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
         if out.exists() and _is_done(out, header, overwrite):
             _count_known(bad, local, out)
@@ -93,17 +91,17 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
 def _is_done(out: Path, header: dict, overwrite: bool) -> bool:
     """Whether a shard of codes is whole. Raises UserError when it is of something else, unless `overwrite`."""
     try:
-        found = read_header(out)
-        if found == header and not any(sample.refused for sample in read_indexed(out, verify=True)):
+        held = read_header(out)
+        if held == header and not any(sample.refused for sample in read_indexed(out, verify=True)):
             return True
     except UserError as error:
-        found, reason = header, str(error)
+        held, reason = header, str(error)
     else:
         reason = f"{out} is damaged"
-    if found != header and not overwrite:
-        what = "other tokenizers" if found and found.get("source") == header["source"] else "another shard"
+    if held != header and not overwrite:
+        what = "other tokenizers" if held and held.get("source") == header["source"] else "another shard"
         raise UserError(f"{out} was made from {what}; choose another folder for the codes, or overwrite them")
-    if found == header:
+    if held == header:
         log.warning("made again: %s", reason)
     return False
 
@@ -163,9 +161,10 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 
         for sample in samples:
             try:
-                endings = media_endings(turns_of(sample))
-                digests = {ending: None if ending.endswith("npy") else hashlib.sha256(sample.members[ending]).digest()
-                           for ending in dict.fromkeys(endings)}
+                media = document_of(sample).media
+                modalities = {medium.content.ending: medium.modality for medium in media}
+                digests = {ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
+                           for ending, file in {medium.content.ending: medium.content for medium in media}.items()}
             except BadSample as error:
                 bad.add(error)
                 stats.bad += 1
@@ -173,7 +172,7 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
             pending.append((sample, digests))
             for ending, digest in digests.items():
                 if digest is not None and digest not in known:
-                    waiting[digest] = modality_of_ending(ending), sample.members[ending]
+                    waiting[digest] = modalities[ending], sample.members[ending]
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
@@ -189,8 +188,8 @@ def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, by
                             f"[{modality}] to its configuration, or take these samples out")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            found = [codes_to_npy(codes, n_codes) for codes in tokenizers.encode_batch(modality, list(files.values()))]
-            result.update(zip(files, found, strict=True))
+            encoded = [codes_to_npy(codes, n_codes) for codes in tokenizers.encode_batch(modality, list(files.values()))]
+            result.update(zip(files, encoded, strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
             for digest, file in files.items():
                 try:

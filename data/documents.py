@@ -1,22 +1,19 @@
-"""Samples of shards -> documents; and what to do about the bad ones."""
+"""Samples of shards <-> documents; and what to do about the bad ones."""
 
 import json
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 
 from onevocab.common.errors import UserError
 from onevocab.data.shards.format import Sample, npy_to_codes
-from onevocab.tokenizers.document import Document, Segment
+from onevocab.tokenizers.document import Document, MediaFile, Part, conversation, plain_document
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_ending
 from onevocab.tokenizers.vocabulary import ROLES
 
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-AUDIO_ENDINGS = ("flac", "wav")
 # What reading a stranger's medium raises: our own refusals, and what decoders let slip on damaged files.
 UNDECODABLE = (UserError, ArithmeticError, LookupError, EOFError, struct.error, zlib.error)
 log = logging.getLogger("onevocab.data")
@@ -76,43 +73,33 @@ class BadSamples:
                             f"(max_bad_fraction): {shown}")
 
 
-class Part(NamedTuple):
-    """text: the text of a text part; ending: the member that holds a medium, else None."""
-
-    modality: str
-    text: str = ""
-    ending: str | None = None
+# ------------------------------------------------------------------------------------------------ reading
 
 
-class Turn(NamedTuple):
-    """role: None in a plain document."""
-
-    role: str | None
-    parts: tuple[Part, ...]
-
-
-def turns_of(sample: Sample) -> tuple[Turn, ...]:
-    """What a sample says, before anything is decoded.
+def document_of(sample: Sample) -> Document:
+    """What a sample says, its media as MediaFiles: nothing is decoded. A file that is shown twice is one object.
 
     Understood: `json` with `content` or `messages`; else media beside `txt` (img2dataset's `jpg + txt`, `flac + txt`;
-    a `json` of metadata beside them is passed over); else a lone `txt` or medium. Raises BadSample.
+    a `json` of metadata beside them is passed over); else a lone `txt` or medium. Loss falls on the assistant's turns,
+    or on everything in a plain document. Raises BadSample.
     """
     if sample.refused:
         ending, reason = next(iter(sample.refused.items()))
         raise BadSample(sample.key, sample.shard, f"member {ending} refused: {reason}" if ending else reason)
+    files = {ending: MediaFile(ending, content) for ending, content in sample.members.items()}
     try:
         data = json.loads(sample.members["json"].decode("utf-8")) if "json" in sample.members else None
         if isinstance(data, dict) and "messages" in data:
-            return tuple(_turn(sample, message) for message in _list(data["messages"], "messages"))
+            return conversation([_message(message, files) for message in _list(data["messages"], "messages")])
         if isinstance(data, dict) and "content" in data:
-            return (Turn(None, tuple(_part(sample, part) for part in _list(data["content"], "content"))),)
-        parts = [Part(modality_of_ending(ending), ending=ending)
-                 for ending in sorted(sample.members) if modality_of_ending(ending)]
+            return plain_document([_part(part, files) for part in _list(data["content"], "content")])
+        parts: list[Part] = [(modality_of_ending(ending), files[ending]) for ending in sorted(files)
+                             if modality_of_ending(ending)]
         if "txt" in sample.members:
-            parts.append(Part("text", sample.members["txt"].decode("utf-8").strip()))
+            parts.append(("text", sample.members["txt"].decode("utf-8").strip()))
         if not parts:
             raise ValueError("no json with content or messages, no txt, no medium")
-        return (Turn(None, tuple(parts)),)
+        return plain_document(parts)
     except RecursionError:
         raise BadSample(sample.key, sample.shard, "json nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -129,16 +116,16 @@ def _list(value, name: str) -> list:
     return value
 
 
-def _turn(sample: Sample, message) -> Turn:
+def _message(message, files: dict[str, MediaFile]) -> tuple[str, list[Part]]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise ValueError(f"a message needs a role, one of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
-    return Turn(message["role"], tuple(_part(sample, part) for part in _list(content, "a message's content")))
+    return message["role"], [_part(part, files) for part in _list(content, "a message's content")]
 
 
-def _part(sample: Sample, part) -> Part:
+def _part(part, files: dict[str, MediaFile]) -> Part:
     if not isinstance(part, dict):
         raise ValueError("a part is not an object")
     kind = part.get("type")
@@ -147,48 +134,78 @@ def _part(sample: Sample, part) -> Part:
         if not isinstance(text, str):
             raise ValueError("a text part without a text")
         text.encode("utf-8")  # JSON can spell half a surrogate pair, which no encoding takes
-        return Part("text", text)
-    if kind not in MODALITIES:
+        return "text", text
+    if not isinstance(kind, str) or kind not in MODALITIES:
         raise ValueError(f"a part of unknown type {kind!r}")
     ending = part.get("file")
-    if not isinstance(ending, str) or ending not in sample.members:
+    if not isinstance(ending, str) or ending not in files:
         raise ValueError(f"member {ending!r} is missing")
     if modality_of_ending(ending) != kind:
         raise ValueError(f"member {ending} is no {kind} by its ending")
-    return Part(kind, ending=ending)
+    return kind, files[ending]
+
+
+def read_media(sample: Sample, document: Document, read: Callable[[str, MediaFile], object]) -> Document:
+    """A sample's document with `read(modality, file)` in place of each file. Raises BadSample, which names the member,
+    where that raises what damaged media do."""
+
+    def one(modality: str, file: MediaFile):
+        try:
+            return read(modality, file)
+        except (ValueError, *UNDECODABLE) as error:
+            raise BadSample(sample.key, sample.shard, f"member {file.ending}: {error}") from None
+
+    return document.map_media(one)
+
+
+def codes_document(sample: Sample, encode: Callable[[str, bytes], np.ndarray] | None = None) -> Document:
+    """Sample -> document whose media are codes, which can be encoded to ids.
+
+    encode: (modality, file's bytes) -> codes, for samples that hold media as files; without it only codes
+    (`.image.npy`, `.audio.npy`) are taken. Raises BadSample; UserError on media where only codes are taken.
+    """
+    document = document_of(sample)
+    if encode is None and not all(shown.content.holds_codes for shown in document.media):
+        raise UserError(f"{sample.shard} holds media, not codes: run `python -m onevocab.data.tokenize` on it")
+
+    def read(modality: str, file: MediaFile) -> np.ndarray:
+        return npy_to_codes(file.content) if file.holds_codes else encode(modality, file.content)
+
+    return read_media(sample, document, read)
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def members_of(document: Document, extra: dict, ensure_ascii: bool = False) -> dict[str, bytes]:
+    """Document whose media are MediaFiles -> a sample's members: `json`, `0.png`, `1.flac`, ..., numbered in the order
+    in which they are shown; a file that is shown twice (one object) is stored once.
+
+    extra: other keys of the JSON; ensure_ascii: whether it is ASCII alone, as `json.dumps` takes it. Raises
+    UnicodeEncodeError on text that no encoding takes.
+    """
+    members: dict[str, bytes] = {}
+    names: dict[int, str] = {}  # id of a file -> its member
+
+    def entry(segment) -> dict:
+        if segment.modality == "text":
+            return {"type": "text", "text": segment.content}
+        file = segment.content
+        if id(file) not in names:
+            last = f"{segment.modality}.npy" if file.holds_codes else file.ending.rpartition(".")[2]
+            names[id(file)] = f"{len(names)}.{last}"
+            members[names[id(file)]] = file.content
+        return {"type": segment.modality, "file": names[id(file)]}
+
+    contents = [(role, [entry(segment) for segment in segments]) for role, segments in document.turns]
+    if document.is_conversation:
+        data = {"messages": [{"role": role, "content": content} for role, content in contents]}
+    else:
+        data = {"content": [part for _, content in contents for part in content]}
+    members["json"] = json.dumps(data | extra, ensure_ascii=ensure_ascii).encode()
+    return members
 
 
 def codes_ending(ending: str) -> str:
     """Name of the member that replaces a medium: `0.png` -> `0.image.npy`, `flac` -> `audio.npy`."""
     return ".".join([*ending.split(".")[:-1], modality_of_ending(ending), "npy"])
-
-
-def media_endings(turns: tuple[Turn, ...]) -> Iterator[str]:
-    """Endings of the media of a sample, in order, repeated as often as they are shown."""
-    return (part.ending for turn in turns for part in turn.parts if part.ending is not None)
-
-
-def document_of(sample: Sample, encode: Callable[[str, bytes], np.ndarray] | None = None) -> Document:
-    """Sample -> document. Loss falls on the assistant's turns, or on everything in a plain document.
-
-    encode: (modality, file's bytes) -> codes, for samples that hold media as files; without it only codes
-    (`.image.npy`, `.audio.npy`) are taken. Raises BadSample.
-    """
-    segments = []
-    for number, turn in enumerate(turns_of(sample)):
-        loss = turn.role in (None, "assistant")
-        for part in turn.parts:
-            content = part.text if part.ending is None else _codes(sample, part, encode)
-            segments.append(Segment(part.modality, content, turn.role, number, loss))
-    return Document(tuple(segments))
-
-
-def _codes(sample: Sample, part: Part, encode) -> np.ndarray:
-    content = sample.members[part.ending]
-    codes_already = part.ending.endswith("npy")
-    if not codes_already and encode is None:
-        raise UserError(f"{sample.shard} holds media, not codes: run `python -m onevocab.data.tokenize` on it")
-    try:
-        return npy_to_codes(content) if codes_already else encode(part.modality, content)
-    except (ValueError, *UNDECODABLE) as error:
-        raise BadSample(sample.key, sample.shard, f"member {part.ending}: {error}") from None

@@ -19,11 +19,12 @@ from PIL import Image
 
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_atomic
-from onevocab.data.documents import UNDECODABLE, BadSample, document_of, media_endings, modality_of_ending, turns_of
+from onevocab.data.documents import BadSample, codes_document, document_of, read_media
 from onevocab.data.shards.format import Sample, check_header, npy_to_codes, read_header
 from onevocab.data.shards.index import read_indexed
 from onevocab.data.shards.remote import default_cache, list_sources, shown
 from onevocab.tokenizers.bundle import Tokenizers
+from onevocab.tokenizers.document import MediaFile, Segment
 from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
 
 SIDE, SECONDS, TEXT, PARTS = 256, 10, 2000, 40  # what is shown: pixels, seconds, characters, parts of a turn and turns
@@ -83,73 +84,76 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
     return found
 
 
-def _look(found: Survey, sample: Sample, tokenizers: Tokenizers | None, show: bool) -> None:
+def _look(summary: Survey, sample: Sample, tokenizers: Tokenizers | None, show: bool) -> None:
     """Adds a sample to what was found. Raises BadSample, and then adds nothing."""
-    turns = turns_of(sample)
-    media = {ending: _open(sample, ending) for ending in dict.fromkeys(media_endings(turns))}
-    ids = None if tokenizers is None else _ids(sample, media, tokenizers)
+    document = document_of(sample)
+    values = read_media(sample, document, _open)
+    files = {medium.content.ending: medium.content for medium in document.media}
+    opened = {file.content.ending: value for file, value in zip(document.media, values.media, strict=True)}
+    ids = None if tokenizers is None else _ids(sample, files, opened, tokenizers)
     place = f"{sample.shard}: {sample.key}"
-    digests = {ending: hashlib.sha256(sample.members[ending]).digest()[:16] for ending in media}
+    digests = {ending: hashlib.sha256(file.content).digest()[:16] for ending, file in files.items()}
     for ending, digest in digests.items():
-        found.media[digest].append(f"{place}.{ending}")
-    said = [(turn.role, [(p.modality, digests.get(p.ending, p.text)) for p in turn.parts]) for turn in turns]
-    found.samples[hashlib.sha256(repr(said).encode()).digest()[:16]].append(place)
-    found.counts.update(["samples", "plain documents" if turns[0].role is None else "conversations"])
-    found.counts["turns"] += len(turns)
-    found.counts.update(f"parts: {part.modality}" for turn in turns for part in turn.parts)
-    found.lengths["characters of text in a sample"].append(sum(len(p.text) for turn in turns for p in turn.parts))
-    for ending, medium in media.items():
-        modality = modality_of_ending(ending)
+        summary.media[digest].append(f"{place}.{ending}")
+    turns = document.turns
+    contents = [(role, [(part.modality, part.content if part.modality == "text" else digests[part.content.ending])
+                        for part in segments]) for role, segments in turns]
+    summary.samples[hashlib.sha256(repr(contents).encode()).digest()[:16]].append(place)
+    summary.counts.update(["samples", "conversations" if document.is_conversation else "plain documents"])
+    summary.counts["turns"] += len(turns)
+    summary.counts.update(f"parts: {segment.modality}" for segment in document.segments)
+    summary.lengths["characters of text in a sample"].append(
+        sum(len(segment.content) for segment in document.segments if segment.modality == "text"))
+    for modality, medium in ((value.modality, value.content) for value in opened.values()):
         if isinstance(medium, np.ndarray):
-            found.lengths[f"codes of one {modality}"].append(medium.size)
-            came, before = np.bincount(medium.reshape(-1)), found.codes[modality]
-            found.codes[modality] = np.pad(before, (0, max(0, len(came) - len(before))))
-            found.codes[modality][: len(came)] += came
+            summary.lengths[f"codes of one {modality}"].append(medium.size)
+            came, before = np.bincount(medium.reshape(-1)), summary.codes[modality]
+            summary.codes[modality] = np.pad(before, (0, max(0, len(came) - len(before))))
+            summary.codes[modality][: len(came)] += came
         elif modality == "image":
-            found.lengths["pixels of a picture's longer side"].append(max(medium.size))
+            summary.lengths["pixels of a picture's longer side"].append(max(medium.size))
         else:
-            found.lengths["seconds of a sound"].append(len(medium[0]) / medium[1])
+            summary.lengths["seconds of a sound"].append(len(medium[0]) / medium[1])
     if ids is not None:
-        found.lengths["tokens of a sample"].append(len(ids))
+        summary.lengths["tokens of a sample"].append(len(ids))
         came = np.bincount(ids, minlength=tokenizers.vocab.size)
-        found.ids = came if found.ids is None else found.ids + came
+        summary.ids = came if summary.ids is None else summary.ids + came
     if show:
-        said = [(turn.role, [_part(part, media.get(part.ending), tokenizers) for part in turn.parts[:PARTS]])
-                for turn in turns[:PARTS]]
-        cut = max(len(turns), *(len(turn.parts) for turn in turns)) > PARTS
-        found.shown.append((place + " (its beginning)" * cut, said))
+        cards = [(role, [_part(segment, opened, tokenizers) for segment in segments[:PARTS]])
+                 for role, segments in turns[:PARTS]]
+        cut = max(len(turns), *(len(segments) for _, segments in turns)) > PARTS
+        summary.shown.append((place + " (its beginning)" * cut, cards))
 
 
-def _open(sample: Sample, ending: str):
-    """A medium of a sample -> codes, an RGB picture, or (samples, rate). Raises BadSample."""
-    content = sample.members[ending]
-    try:
-        if not ending.endswith("npy"):
-            return load_image(content) if modality_of_ending(ending) == "image" else load_audio(content)
-        codes = npy_to_codes(content)
-        if codes.max() >= MAX_CODE:
-            raise ValueError(f"code {codes.max():,} is above those of any codebook")
-        return codes
-    except (ValueError, *UNDECODABLE) as error:
-        raise BadSample(sample.key, sample.shard, f"member {ending}: {error}") from None
+def _open(modality: str, file: MediaFile):
+    """A medium of a sample -> codes, an RGB picture, or (samples, rate). Raises what `read_media` takes for damage."""
+    if not file.holds_codes:
+        return load_image(file.content) if modality == "image" else load_audio(file.content)
+    codes = npy_to_codes(file.content)
+    if codes.max() >= MAX_CODE:
+        raise ValueError(f"code {codes.max():,} is above those of any codebook")
+    return codes
 
 
-def _ids(sample: Sample, media: dict, tokenizers: Tokenizers) -> np.ndarray:
+def _ids(sample: Sample, files: dict[str, MediaFile], opened: dict[str, Segment], tokenizers: Tokenizers) -> np.ndarray:
     """The sample as training would read it, int32 (n,). Raises BadSample."""
-    opened = {sample.members[ending]: medium for ending, medium in media.items()}
+    by_bytes = {file.content: opened[ending].content for ending, file in files.items()}
     try:
-        document = document_of(sample, lambda modality, file: tokenizers.encode_media(modality, opened[file]))
+        document = codes_document(sample, lambda modality, file: tokenizers.encode_media(modality, by_bytes[file]))
         return tokenizers.encode(document).ids
     except (UserError, KeyError) as error:
         raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
 
 
-def _part(part, medium, tokenizers: Tokenizers | None) -> tuple[str, str, object]:
-    if part.ending is None:
-        more = f" … {len(part.text) - TEXT:,} more characters" if len(part.text) > TEXT else ""
-        return "", part.text[:TEXT] + more, None
-    label, small = _small(medium, part.modality, tokenizers)
-    return f"{part.ending}: {label}", "", small
+def _part(segment: Segment, opened: dict[str, Segment], tokenizers: Tokenizers | None) -> tuple[str, str, object]:
+    """(label, text, what there is room for of a medium) of a segment; opened: by ending, what the files hold."""
+    text = segment.content
+    if segment.modality == "text":
+        more = f" … {len(text) - TEXT:,} more characters" if len(text) > TEXT else ""
+        return "", text[:TEXT] + more, None
+    ending = segment.content.ending
+    label, small = _small(opened[ending].content, segment.modality, tokenizers)
+    return f"{ending}: {label}", "", small
 
 
 def _small(medium, modality: str, tokenizers: Tokenizers | None) -> tuple[str, object]:

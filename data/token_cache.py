@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked, write_atomic
 from onevocab.common.processes import run_processes
-from onevocab.data.documents import BadSample, BadSamples, document_of
+from onevocab.data.documents import BadSample, BadSamples, codes_document
 from onevocab.data.shards.format import Sample, read_header
 from onevocab.data.shards.index import CHANGED, IndexedShard
 from onevocab.data.shards.remote import default_cache, is_remote, local_name, shown
@@ -80,7 +80,7 @@ def droppable(ids: np.ndarray, vocab: Vocabulary, pair: bool) -> np.ndarray:
 
 def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[np.ndarray, np.ndarray, tuple]:
     """(tokens, flags, row of `about`) of one sample. Raises BadSample."""
-    document, pair, has_text = document_of(sample, tokenizers.encode_media), False, False
+    document, pair, has_text = codes_document(sample, tokenizers.encode_media), False, False
     if not document.is_conversation:
         document = document.normalised()
         parts = [segment.modality for segment in document.segments]
@@ -136,8 +136,8 @@ def encode_shard(shard, tokenizers: Tokenizers) -> ShardTokens:
 def to_bytes(documents: ShardTokens, identity: str) -> bytes:
     """What is kept: a safetensors file."""
     arrays = {"tokens": documents.tokens, "flags": documents.flags, "about": documents.about}
-    said = {"bad": documents.bad, "crc": documents.crc, "modality_counts": documents.modality_counts}
-    return save(arrays, {"identity": identity, "said": json.dumps(said)})
+    summary = {"bad": documents.bad, "crc": documents.crc, "modality_counts": documents.modality_counts}
+    return save(arrays, {"identity": identity, "said": json.dumps(summary)})
 
 
 class _CachedShard:
@@ -145,13 +145,13 @@ class _CachedShard:
 
     def __init__(self, path: Path, identity: str):
         file = safe_open(path, "numpy")
-        said = file.metadata() or {}
-        if said.get("identity") != identity:
+        metadata = file.metadata() or {}
+        if metadata.get("identity") != identity:
             raise ValueError("of another shard, or by other tokenizers")
         self.tokens, self.flags = file.get_slice("tokens"), file.get_slice("flags")
         self.about = file.get_tensor("about")
-        said = json.loads(said["said"])
-        self.bad, self.crc, self.modality_counts = said["bad"], said["crc"], said["modality_counts"]
+        summary = json.loads(metadata["said"])
+        self.bad, self.crc, self.modality_counts = summary["bad"], summary["crc"], summary["modality_counts"]
         if self.about.dtype != np.int32 or self.about.ndim != 2 or self.about.shape[1] != len(COLUMNS):
             raise ValueError("its table has another form")
         length, split = self.about[:, LENGTH].astype(np.int64), self.about[:, SPLIT]
@@ -189,23 +189,23 @@ def _cached(shard, tokenizers: Tokenizers, folder: Path) -> "_CachedShard | Shar
         except (OSError, SafetensorError, LookupError, TypeError, ValueError):  # none, or damaged: made again
             return None
 
-    found = load()
-    if found:
-        return found
+    documents = load()
+    if documents:
+        return documents
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
-            found = load()  # another process may have made it meanwhile
-            if not found:
-                found = encode_shard(shard, tokenizers)
-                if found.doubtful:
-                    return found
-                write_atomic(path, to_bytes(found, identity))
+            documents = load()  # another process may have made it meanwhile
+            if not documents:
+                documents = encode_shard(shard, tokenizers)
+                if documents.doubtful:
+                    return documents
+                write_atomic(path, to_bytes(documents, identity))
     except (OSError, SafetensorError) as error:
         log.warning("cannot keep documents in %s (%s): they stay in memory, and every process makes its own", folder,
                     getattr(error, "strerror", None) or error)
-        return found or encode_shard(shard, tokenizers)
-    return load() or found
+        return documents or encode_shard(shard, tokenizers)
+    return load() or documents
 
 
 def _fill_cache(shards: list[str], tokenizers_folder: str, folder: Path) -> None:
@@ -274,12 +274,12 @@ class TokenCache:
         self._start = (np.concatenate(ends) - length)[whole] + low  # of a document, within its shard
         self.split, self.drop = (about[whole, column].astype(np.int64) for column in (SPLIT, DROP))
         self.text_second, self.has_text = (about[whole, column].astype(bool) for column in (TEXT_SECOND, HAS_TEXT))
-        found = np.bincount(np.repeat(np.arange(len(counts)), counts)[whole], minlength=len(counts))
-        self._first = np.concatenate([[0], np.cumsum(found)])
+        of_shard = np.bincount(np.repeat(np.arange(len(counts)), counts)[whole], minlength=len(counts))
+        self._first = np.concatenate([[0], np.cumsum(of_shard)])
         self.samples = len(about)
         self.crcs = [documents.crc for documents in self._shards]
         self.modality_counts = np.sum([documents.modality_counts for documents in self._shards], 0)
-        return found
+        return of_shard
 
     def __len__(self) -> int:
         return len(self.length)

@@ -5,7 +5,6 @@ Two fresh processes write their own shards in a fixed order, so the bytes do not
 (eSpeak carries state from one utterance to the next).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from onevocab.common.errors import UserError
 from onevocab.common.processes import run_processes
+from onevocab.data.documents import members_of
 from onevocab.data.shards.writer import ShardWriter
 from onevocab.demo import demo_tasks as tasks
 from onevocab.demo import speech
 from onevocab.demo.world import NAMES, Scene, random_scene, render
+from onevocab.tokenizers import document
+from onevocab.tokenizers.document import MediaFile, Part
 from onevocab.tokenizers.media import encode_audio, encode_png
 
 
@@ -80,24 +82,19 @@ class _Studio:
 
 def to_members(content: list, extra: dict, studio: _Studio | None, conversation: bool) -> dict[str, bytes]:
     """A plain list of parts, or a conversation of them, as a sample's members: `json`, `0.png`, `1.flac`, ..."""
-    members: dict[str, bytes] = {}
 
-    def part(value) -> dict:
+    def part(value) -> Part:
         if isinstance(value, str):
-            return {"type": "text", "text": value}
-        name = f"{len(members)}.{'png' if isinstance(value, Scene) else 'flac'}"
+            return "text", value
         if isinstance(value, Scene):
-            members[name] = encode_png(Image.fromarray(render(value)))
-            return {"type": "image", "file": name}
-        members[name] = studio.record(value)
-        return {"type": "audio", "file": name}
+            return "image", MediaFile("png", encode_png(Image.fromarray(render(value))))
+        return "audio", MediaFile("flac", studio.record(value))
 
     if conversation:
-        data = {"messages": [{"role": role, "content": [part(value) for value in parts]} for role, parts in content]}
+        shown = document.conversation([(role, [part(value) for value in parts]) for role, parts in content])
     else:
-        data = {"content": [part(value) for value in content]}
-    members["json"] = json.dumps(data | extra).encode()
-    return members
+        shown = document.plain_document([part(value) for value in content])
+    return members_of(shown, extra, ensure_ascii=True)
 
 
 def _name(rng) -> str:

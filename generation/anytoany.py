@@ -17,7 +17,7 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.document import Document, Segment
+from onevocab.tokenizers.document import Document, Segment, conversation
 from onevocab.tokenizers.grammar import Grammar
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_path, modality_of_value
 from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
@@ -212,22 +212,23 @@ class AnyToAny:
         return self.tokenizers.encode_prompt(document)
 
     def _documents(self, prompts: list) -> list[Document]:
-        """Prompts -> documents. Media of all prompts are encoded together."""
-        pending: dict[str, list] = {name: [] for name in self.tokenizers.media}
-        drafts = [[(role, [_classify(part, pending) for part in parts]) for role, parts in _messages(prompt)]
-                  for prompt in prompts]
-        codes = {name: self.tokenizers.media[name].encode_batch(sources) if sources else []
-                 for name, sources in pending.items()}
-        documents = []
-        for draft in drafts:
-            segments = []
-            for turn, (role, parts) in enumerate(draft):
-                for modality, content in parts or [("text", "")]:
-                    content = codes[modality][content] if isinstance(content, int) else content
-                    who = (None, 0) if self.plain else (role, turn)
-                    segments.append(Segment(modality, content, *who, loss=role == "assistant"))
-            documents.append(Document(tuple(segments)))
-        return documents
+        """Prompts -> documents of codes. Media of all prompts are encoded together."""
+        documents = [self._document(prompt) for prompt in prompts]
+        codes: dict[int, np.ndarray] = {}  # by the value's id
+        for name, tokenizer in self.tokenizers.media.items():
+            values = [medium.content for document in documents for medium in document.media
+                      if medium.modality == name and not isinstance(medium.content, np.ndarray)]
+            encoded = tokenizer.encode_batch(values) if values else []
+            codes |= {id(value): grid for value, grid in zip(values, encoded, strict=True)}
+        return [document.map_media(lambda _, content: codes.get(id(content), content)) for document in documents]
+
+    def _document(self, prompt) -> Document:
+        """A prompt -> document whose media are values, or codes where they come from a reply."""
+        messages = [(role, [_part(part, self.tokenizers.media) for part in parts]) for role, parts in _messages(prompt)]
+        document = conversation(messages)
+        if self.plain:
+            document = Document(tuple(replace(segment, role=None, turn=0) for segment in document.segments))
+        return document
 
     # From ids to replies.
 
@@ -289,9 +290,8 @@ def _messages(prompt) -> list[tuple[str, list]]:
     return messages
 
 
-def _classify(part, pending: dict[str, list]) -> tuple[str, object]:
-    """A part -> (modality, text or codes), or (modality, place in pending[modality]) for a medium still
-    to encode."""
+def _part(part, known) -> tuple[str, object]:
+    """A prompt's part -> (modality, text, value or codes); known: modalities of media that the model takes."""
     if isinstance(part, str):
         return "text", part
     if isinstance(part, Segment):
@@ -301,10 +301,9 @@ def _classify(part, pending: dict[str, list]) -> tuple[str, object]:
         part = MODALITIES[modality].load(part)
     else:
         modality = modality_of_value(part)
-    if modality not in pending:
-        raise UserError(f"this model takes no {modality}; it knows text, {', '.join(pending)}")
-    pending[modality].append(part)
-    return modality, len(pending[modality]) - 1
+    if modality not in known:
+        raise UserError(f"this model takes no {modality}; it knows text, {', '.join(known)}")
+    return modality, part
 
 
 def _without_request(document: Document) -> Document:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from onevocab.data.documents import BadSample, modality_of_ending, turns_of
+from onevocab.data.documents import BadSample, document_of, modality_of_ending
 from onevocab.data.shards.format import Sample
 from onevocab.data.shards.remote import read_source
 
@@ -20,7 +20,7 @@ def texts(shards: list[str], limit: int) -> Iterator[str]:
     """All texts of about `limit` samples."""
     for sample in _samples(shards, limit):
         try:
-            yield from (part.text for turn in turns_of(sample) for part in turn.parts if part.modality == "text")
+            yield from (part.content for part in document_of(sample).segments if part.modality == "text")
         except BadSample:
             continue  # counted and named when the shard is turned to codes
 

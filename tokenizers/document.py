@@ -1,28 +1,44 @@
-"""Documents: what a sequence of ids says, before and after the tokenizers.
+"""Documents: what a sample says, from the file of a shard to the ids.
 
-A document is a list of segments. With roles it is a conversation; without, plain interleaved content.
+A document is a list of segments. With roles it is a conversation; without, plain interleaved content. Its media are
+files (`MediaFile`), decoded values or codes, and `Document.map_media` takes them from one stage to the next.
 `encode_document` and `decode_document` are exact inverses on normalised documents, and the same template makes
 training rows and prompts, so the two cannot drift apart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
 from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
 
 
+@dataclass(frozen=True)
+class MediaFile:
+    """A medium as the file that lies in a shard. ending: its member's, as `0.png` or `0.image.npy`; `png` alone before
+    it has a place."""
+
+    ending: str
+    content: bytes
+
+    @property
+    def holds_codes(self) -> bool:
+        return self.ending.endswith("npy")
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """A run of one modality.
 
-    content: text as str; media as an integer array of codebook-local codes (picture [rows, columns], sound
-    [columns, rows]); role: None in a plain document, else who says it; turn: parts of one turn share a number;
-    loss: whether predicting it counts.
+    content: text as str; a medium as a MediaFile, as a value (PIL image, (samples, rate)), or as an integer array of
+    codebook-local codes (picture [rows, columns], sound [columns, rows]), which alone can be encoded to ids; role: None
+    in a plain document, else who says it; turn: parts of one turn share a number; loss: whether predicting it counts.
     """
 
     modality: str
-    content: str | np.ndarray
+    content: object
     role: str | None = None
     turn: int = 0
     loss: bool = True
@@ -40,6 +56,27 @@ class Document:
     @property
     def is_conversation(self) -> bool:
         return bool(self.segments) and self.segments[0].role is not None
+
+    @property
+    def turns(self) -> list[tuple[str | None, list[Segment]]]:
+        """[(role, segments), ...] in order; a plain document is one turn of role None."""
+        groups = groupby(self.segments, lambda segment: (segment.role, segment.turn if segment.role else 0))
+        return [(role, list(segments)) for (role, _), segments in groups]
+
+    @property
+    def media(self) -> list[Segment]:
+        """The segments that are no text, as often as they are shown."""
+        return [segment for segment in self.segments if segment.modality != "text"]
+
+    def map_media(self, change: Callable[[str, object], object]) -> "Document":
+        """The document with `change(modality, content)` in place of each medium's content. One object that is shown
+        several times is changed once, and stays one object."""
+        changed: dict[int, object] = {}
+        for segment in self.media:
+            if id(segment.content) not in changed:
+                changed[id(segment.content)] = change(segment.modality, segment.content)
+        return Document(tuple(segment if segment.modality == "text" else
+                              replace(segment, content=changed[id(segment.content)]) for segment in self.segments))
 
     def normalised(self) -> "Document":
         """Neighbouring texts of one turn merged, empty texts dropped, turns numbered from 0.
@@ -67,7 +104,15 @@ class Document:
         return Document(tuple(merged))
 
 
-def conversation(messages: list[tuple[str, list[tuple[str, object]]]]) -> Document:
+Part = tuple[str, object]  # (modality, content), what a segment is made of
+
+
+def plain_document(parts: list[Part]) -> Document:
+    """[(modality, content), ...] -> Document; loss falls on everything."""
+    return Document(tuple(Segment(*part) for part in parts))
+
+
+def conversation(messages: list[tuple[str, list[Part]]]) -> Document:
     """[(role, [(modality, content), ...]), ...] -> Document; loss falls on the assistant's turns only."""
     return Document(tuple(
         Segment(modality, content, role, turn, role == "assistant")
@@ -119,7 +164,7 @@ def encode_document(document: Document, vocabulary: Vocabulary, encode_text, ope
     return Encoded(np.concatenate(ids), np.concatenate(loss))
 
 
-def split_segments(ids: np.ndarray, vocabulary: Vocabulary, decode_text) -> list[tuple[str, object]]:
+def split_segments(ids: np.ndarray, vocabulary: Vocabulary, decode_text) -> list[Part]:
     """Ids of one turn's content -> [(modality, content)]. Raises ValueError on a malformed span."""
     parts, text, i = [], [], 0
 
@@ -157,7 +202,7 @@ def decode_document(ids: np.ndarray, vocabulary: Vocabulary, decode_text) -> Doc
     ids = ids[1:-1]
     roles = {vocabulary.role(name): name for name in ROLES}
     if not len(ids) or int(ids[0]) not in roles:
-        return Document(tuple(Segment(*part) for part in split_segments(ids, vocabulary, decode_text)))
+        return plain_document(split_segments(ids, vocabulary, decode_text))
     segments, start, turn = [], 0, 0
     for stop in np.flatnonzero(ids == vocabulary.end_of_turn):
         if int(ids[start]) not in roles:

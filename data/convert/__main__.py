@@ -10,7 +10,7 @@ from pathlib import Path
 from onevocab.common.errors import cli
 from onevocab.common.processes import rank_and_world
 from onevocab.data.convert.formats import FORMATS
-from onevocab.data.convert.options import OPTIONS, positive
+from onevocab.data.convert.options import positive
 from onevocab.data.convert.writing import convert
 
 
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--parts", type=positive, metavar="N",
                          help="split each file of the input into N parts (default: as few as give every rank one)")
         for option in chosen.options:
-            one.add_argument(f"--{option.replace('_', '-')}", dest=option, **OPTIONS[option])
+            option.add_to(one)
     return parser
 
 

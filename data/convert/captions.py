@@ -11,20 +11,21 @@ from itertools import islice
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.media import VIDEO_SUFFIXES, MediaFolder, is_medium, suffix_of
-from onevocab.data.convert.samples import Dropped, Format, Row, field_of, list_of, pairs
+from onevocab.data.convert.media import VIDEO, MediaFolder, kind_of, suffix_of
+from onevocab.data.convert.options import CAPTIONS, FRAMES, MAP, MEDIA, Format
+from onevocab.data.convert.samples import Dropped, Row, field_of, list_of, pairs
 
 FILES = ("file_name", "file", "filename", "path", "filepath", "image", "image_path", "audio", "audio_path", "video")
-CAPTIONS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
+TEXTS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
 MAX_SIDECAR = 1 << 20  # bytes
 _NUMBERED = re.compile(r"caption_?(\d+)")
 
 
 def captions_of(record, *names: str) -> list:
     """The captions of a record: under one of these names, or `caption_1`, `caption_2`, ... in their order."""
-    found = field_of(record, *names)
-    if found is not None:
-        return list_of(found)
+    captions = field_of(record, *names)
+    if captions is not None:
+        return list_of(captions)
     numbered = [(int(match[1]), key) for key in record if (match := _NUMBERED.fullmatch(str(key)))]
     return [record[key] for _, key in sorted(numbered)]
 
@@ -68,13 +69,13 @@ def _rows(options, unit: Path) -> Iterator[Row]:
 def _walk(folder: Path) -> Iterator[Row]:
     for here, folders, names in os.walk(folder):
         folders.sort()
-        videos = {Path(name).stem for name in names if suffix_of(name) in VIDEO_SUFFIXES}
+        videos = {Path(name).stem for name in names if kind_of(name) == VIDEO}
         for name in sorted(names):
             place = Path(here, name).relative_to(folder).as_posix()
             used = suffix_of(name) in (".txt", ".json") or (
                 suffix_of(name) in (".srt", ".vtt") and Path(name).stem in videos)
             if not name.startswith(".") and not used:
-                yield place, (folder, place) if is_medium(name) else Dropped("unknown ending", place)
+                yield place, (folder, place) if kind_of(name) else Dropped("unknown ending", place)
 
 
 def _make(options, name: str, row) -> Iterator:
@@ -83,7 +84,7 @@ def _make(options, name: str, row) -> Iterator:
     if isinstance(record, str):
         return pairs(lambda: media.parts(record), _beside(media, record), options.captions)
     file = field_of(record, *[options.map["file"]] if "file" in options.map else FILES)
-    captions = captions_of(record, *[options.map["caption"]] if "caption" in options.map else CAPTIONS)
+    captions = captions_of(record, *[options.map["caption"]] if "caption" in options.map else TEXTS)
     if file is None:
         raise Dropped("bad record", f"no field names a file (of {', '.join(map(str, record))}): say --map file=FIELD")
     return pairs(lambda: media.take(file), captions, options.captions)
@@ -120,11 +121,11 @@ def _beside(media: MediaFolder, place: str) -> list:
         value = tables.record_of(content)
         if isinstance(value, Dropped):
             raise value
-        return captions_of(value, *CAPTIONS) if isinstance(value, dict) else list_of(value)
+        return captions_of(value, *TEXTS) if isinstance(value, dict) else list_of(value)
     return []
 
 
 FORMATS = {
     "captions": Format("a folder of media with .txt or .json beside them, or a table of files and captions",
-                       _units, _rows, _make, ("media", "map", "captions", "frames"), ("file", "caption")),
+                       _units, _rows, _make, (MEDIA, MAP, CAPTIONS, FRAMES), ("file", "caption")),
 }

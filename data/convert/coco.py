@@ -8,17 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.samples import (
-    Draft,
-    Dropped,
-    Format,
-    Row,
-    exchanges,
-    id_of,
-    list_of,
-    pairs,
-    text_of,
-)
+from onevocab.data.convert.options import CAPTIONS, MEDIA, TURNS, Format
+from onevocab.data.convert.samples import Converted, Dropped, Row, exchanges, id_of, list_of, pairs, text_of
 
 MAX_BOXES = 20  # of one kind in one answer
 ASK = ("Where is every {name}? Give a box for each: left, top, right, bottom, from 00 to 99.",
@@ -29,13 +20,13 @@ ASK = ("Where is every {name}? Give a box for each: left, top, right, bottom, fr
 def _by_image(path: Path) -> Iterator[tuple[str, dict, list[dict]]]:
     """(where it stands, an entry of `images`, its annotations); an empty entry for annotations of a picture that is not
     listed."""
-    found: dict = {}
+    annotated: dict = {}
     for annotation in tables.objects(path, "annotations"):
-        found.setdefault(id_of(annotation, "image_id"), []).append(annotation)
+        annotated.setdefault(id_of(annotation, "image_id"), []).append(annotation)
     for image in tables.objects(path, "images"):
         number = id_of(image, "id")
-        yield f"{path.name}#{number}", image, found.pop(number, [])
-    for number, annotations in found.items():
+        yield f"{path.name}#{number}", image, annotated.pop(number, [])
+    for number, annotations in annotated.items():
         yield f"{path.name}#{number}", {}, annotations
 
 
@@ -50,11 +41,11 @@ def _files(image: dict) -> list[str]:
 
 def _caption_rows(options, unit: Path) -> Iterator[Row]:
     for name, image, annotations in _by_image(unit):
-        said = [annotation.get("caption") for annotation in annotations]
-        yield name, (_files(image), said) if _files(image) else Dropped("bad record", "no file_name")
+        captions = [annotation.get("caption") for annotation in annotations]
+        yield name, (_files(image), captions) if _files(image) else Dropped("bad record", "no file_name")
 
 
-def _captions(options, name: str, row) -> Iterator[Draft | Dropped]:
+def _captions(options, name: str, row) -> Iterator[Converted | Dropped]:
     files, captions = row
     return pairs(lambda: options.media.parts(*files), captions, options.captions)
 
@@ -78,8 +69,8 @@ def to_box(bbox, width: float, height: float) -> tuple[int, int, int, int] | Non
 
 def _box_units(options) -> list[Path]:
     """Of a folder without `person_keypoints_*`, which repeat the boxes of `instances_*`."""
-    found = tables.files_of(options.source, (".json",))
-    return [path for path in found if path == options.source or not path.name.startswith("person_keypoints")]
+    files = tables.files_of(options.source, (".json",))
+    return [path for path in files if path == options.source or not path.name.startswith("person_keypoints")]
 
 
 def _box_rows(options, unit: Path) -> Iterator[Row]:
@@ -96,23 +87,23 @@ def _box_rows(options, unit: Path) -> Iterator[Row]:
             yield name, (image, boxes) if boxes else Dropped("no boxes")
 
 
-def _boxes(options, name: str, row) -> Iterator[Draft | Dropped]:
+def _boxes(options, name: str, row) -> Iterator[Converted | Dropped]:
     image, annotations = row
     width, height = image.get("width"), image.get("height")
     if not all(type(side) in (int, float) and 0 < side < 1e9 for side in (width, height)):
         raise Dropped("bad record", "no width and height")
-    found: dict[str, list] = {}
+    by_kind: dict[str, list] = {}
     for kind, bbox, more in annotations:
-        found.setdefault(kind, []).append(None if more else to_box(bbox, width, height))
+        by_kind.setdefault(kind, []).append(None if more else to_box(bbox, width, height))
     asked, left_out = [], []
-    for kind, boxes in found.items():
+    for kind, boxes in by_kind.items():
         # An answer that leaves some out would teach to overlook them.
         if not kind or None in boxes or len(boxes) > MAX_BOXES:
             left_out.append(Dropped("boxes incomplete", f"{kind or 'no name'}: a crowd, a broken box, or too many"))
             continue
         ask = ASK[zlib.crc32(f"{name} {kind}".encode("utf-8", "replace")) % len(ASK)]
-        said = "; ".join(" ".join([kind, *(f"{edge:02d}" for edge in box)]) for box in sorted(dict.fromkeys(boxes)))
-        asked.append((ask.format(name=kind), said))
+        answer = "; ".join(" ".join([kind, *(f"{edge:02d}" for edge in box)]) for box in sorted(dict.fromkeys(boxes)))
+        asked.append((ask.format(name=kind), answer))
     if not asked:
         raise left_out[0]
     return exchanges(options.media.parts(*_files(image)), asked, options.turns, left_out=left_out)
@@ -120,7 +111,7 @@ def _boxes(options, name: str, row) -> Iterator[Draft | Dropped]:
 
 FORMATS = {
     "coco-captions": Format("JSON of images and annotations with captions", tables.units_of(".json"), _caption_rows,
-                            _captions, ("media", "captions")),
+                            _captions, (MEDIA, CAPTIONS)),
     "coco-boxes": Format("JSON of images, categories and annotations with boxes (LVIS too): questions where things are",
-                         _box_units, _box_rows, _boxes, ("media", "turns")),
+                         _box_units, _box_rows, _boxes, (MEDIA, TURNS)),
 }

@@ -11,11 +11,10 @@ from pathlib import Path
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.media import check, from_base64, suffix_of
+from onevocab.data.convert.options import FILE, FRAMES, MEDIA, TURNS, Format, Option
 from onevocab.data.convert.samples import (
-    Draft,
+    Converted,
     Dropped,
-    Format,
-    Part,
     Row,
     exchanges,
     field_of,
@@ -25,13 +24,16 @@ from onevocab.data.convert.samples import (
     list_of,
     text_of,
 )
+from onevocab.tokenizers.document import Document, Part, conversation
 
+ANNOTATIONS = Option("annotations", "the file of answers (default: beside the questions, by its usual name)", Path)
+IMAGES = Option("images", "the JSON of base64 pictures (default: FOLDER.json beside the instructions)", Path)
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 SHORT = "Answer with a word, a number or a short phrase."
 
 
-def conversation(messages, media: dict[str, list[list[Part]]]) -> list[tuple[str, list[Part]]]:
-    """[{from, value}] or [{role, content}] -> turns; `<image>` in a text is where the next picture stands.
+def conversation_of(messages, media: dict[str, list[list[Part]]]) -> Document:
+    """[{from, value}] or [{role, content}] -> conversation; `<image>` in a text is where the next picture stands.
 
     media: by kind (image, audio, video), the parts of each file. What no text asks for comes after the last one that a
     text does ask for, else before the first question. `<image>` is also the place of a video if there are no pictures
@@ -53,9 +55,9 @@ def conversation(messages, media: dict[str, list[list[Part]]]) -> list[tuple[str
             raise Dropped("bad record", f"a turn of {field_of(message, 'from', 'role')!r}")
         unasked = role == "assistant" and not asked
         parts = first if not asked and role != "system" else []
-        for i, piece in enumerate(place.split(_said(message, waiting.keys()))):
+        for i, piece in enumerate(place.split(_written(message, waiting.keys()))):
             if i % 2 == 0:
-                parts += [piece.strip()] if piece.strip() and not unasked else []
+                parts += [("text", piece.strip())] if piece.strip() and not unasked else []
             elif waiting[piece]:
                 parts += waiting[piece].pop(0)
                 last, end = parts, len(parts)
@@ -76,21 +78,21 @@ def conversation(messages, media: dict[str, list[list[Part]]]) -> list[tuple[str
     for role, parts in turns:
         if not parts:
             raise Dropped("empty answer" if role == "assistant" else "empty question")
-    return turns
+    return conversation(turns)
 
 
-def _said(message, kinds) -> str:
+def _written(message, kinds) -> str:
     """A turn's text; parts ({type: text, text}, {type: image}) are written out, media as their places."""
     value = field_of(message, "value", "content")
     if not isinstance(value, list):
         return text_of(value).replace("\r\n", "\n")
-    said = []
+    texts = []
     for part in value:
         kind = text_of(field_of(part, "type"))
         if kind != "text" and kind not in kinds:
             raise Dropped("bad record", f"a part of type {kind!r}")
-        said.append(text_of(field_of(part, "text")) if kind == "text" else f"<{kind}>")
-    return "\n".join(said).replace("\r\n", "\n")
+        texts.append(text_of(field_of(part, "text")) if kind == "text" else f"<{kind}>")
+    return "\n".join(texts).replace("\r\n", "\n")
 
 
 def media_of(options, record, *kinds: str) -> dict[str, list[list[Part]]]:
@@ -102,16 +104,16 @@ def media_of(options, record, *kinds: str) -> dict[str, list[list[Part]]]:
 # ------------------------------------------------------------------------------------------------ LLaVA
 
 
-def _llava(options, name: str, record) -> Iterator[Draft]:
-    said, media = field_of(record, "conversations", "messages"), {}
-    if said is None and field_of(record, "question", "answer") is not None:  # LRV, StableLLaVA
-        said = [{"from": "human", "value": field_of(record, "question")},
-                {"from": "gpt", "value": field_of(record, "answer")}]
+def _llava(options, name: str, record) -> Iterator[Converted]:
+    messages, media = field_of(record, "conversations", "messages"), {}
+    if messages is None and field_of(record, "question", "answer") is not None:  # LRV, StableLLaVA
+        messages = [{"from": "human", "value": field_of(record, "question")},
+                    {"from": "gpt", "value": field_of(record, "answer")}]
         if field_of(record, "image") is None and (number := text_of(field_of(record, "image_id"))):
             media = {"image": [options.media.take(number if suffix_of(number) else f"{number}.jpg")]}
-    if not isinstance(said, list):
+    if not isinstance(messages, list):
         raise Dropped("bad record", "no list of conversations")
-    yield Draft(conversation(said, media or media_of(options, record, "image", "video")))
+    yield Converted(conversation_of(messages, media or media_of(options, record, "image", "video")))
 
 
 # ------------------------------------------------------------------------------------------------ VQAv2
@@ -126,27 +128,27 @@ def _answers_of(options, questions: Path) -> Path | None:
 
 
 def _vqa_units(options) -> list[Path]:
-    found = tables.files_of(options.source, (".json",), "*questions*")
-    if not any(_answers_of(options, path) for path in found):
-        raise UserError(f"no answers to {found[0]}: give their file by --annotations")
-    return found
+    questions = tables.files_of(options.source, (".json",), "*questions*")
+    if not any(_answers_of(options, path) for path in questions):
+        raise UserError(f"no answers to {questions[0]}: give their file by --annotations")
+    return questions
 
 
 def common_answer(annotation: dict) -> str:
     """What the set calls `multiple_choice_answer`, else what most of the ten said; among as many, the first."""
-    said = Counter(filter(None, (text_of(answer.get("answer")) for answer in list_of(annotation.get("answers"))
-                                 if isinstance(answer, dict))))
-    return text_of(annotation.get("multiple_choice_answer")) or next((answer for answer, _ in said.most_common(1)), "")
+    given = Counter(filter(None, (text_of(answer.get("answer")) for answer in list_of(annotation.get("answers"))
+                                  if isinstance(answer, dict))))
+    return text_of(annotation.get("multiple_choice_answer")) or next((answer for answer, _ in given.most_common(1)), "")
 
 
 def _ask(asked: dict, about, question: str, answer: str) -> None:
     """Adds to {what the question is about: {(question, answer): None}}. Raises Dropped."""
     if not question or not answer:
         raise Dropped("empty answer" if question else "empty question")
-    said = asked.setdefault(about, {})
-    if (question, answer) in said:
+    pairs = asked.setdefault(about, {})
+    if (question, answer) in pairs:
         raise Dropped("duplicate", question)
-    said[question, answer] = None
+    pairs[question, answer] = None
 
 
 def _vqa_rows(options, unit: Path) -> Iterator[Row]:
@@ -164,11 +166,11 @@ def _vqa_rows(options, unit: Path) -> Iterator[Row]:
             _ask(asked, id_of(question, "image_id"), text_of(question.get("question")), answers.get(number, ""))
         except Dropped as dropped:
             yield f"{unit.name}#{number}", dropped
-    for number, said in asked.items():
-        yield f"{unit.name}#image-{number}", ({"image_id": number, "split": split[0] if split else ""}, list(said))
+    for number, pairs in asked.items():
+        yield f"{unit.name}#image-{number}", ({"image_id": number, "split": split[0] if split else ""}, list(pairs))
 
 
-def _vqa(options, name: str, row) -> Iterator[Draft]:
+def _vqa(options, name: str, row) -> Iterator[Converted]:
     record, asked = row
     file = fill(options.file or "COCO_{split}_{image_id:012d}.jpg", record)
     parts = options.media.parts(file, f"{record['split']}/{file}")
@@ -195,11 +197,11 @@ def _chart_rows(options, unit: Path) -> Iterator[Row]:
             _ask(asked, picture, text_of(field_of(record, "query")), text_of(field_of(record, "label")))
         except Dropped as dropped:
             yield name, dropped
-    for picture, said in asked.items():
-        yield f"{unit.name}#{picture}", (here, picture, list(said))
+    for picture, pairs in asked.items():
+        yield f"{unit.name}#{picture}", (here, picture, list(pairs))
 
 
-def _chart(options, name: str, row) -> Iterator[Draft]:
+def _chart(options, name: str, row) -> Iterator[Converted]:
     here, picture, asked = row
     parts = options.media.parts(f"{here}/png/{picture}", picture, f"png/{picture}")
     return exchanges(parts, asked, options.turns, SHORT)
@@ -217,10 +219,10 @@ def _pictures_of(options, instructions: Path) -> Path:
 
 
 def _mimic_units(options) -> list[Path]:
-    found = tables.files_of(options.source, (".json",), "*instructions*")
-    for path in found:
+    instructions = tables.files_of(options.source, (".json",), "*instructions*")
+    for path in instructions:
         _pictures_of(options, path)
-    return found
+    return instructions
 
 
 def _mimic_rows(options, unit: Path) -> Iterator[Row]:
@@ -231,7 +233,7 @@ def _mimic_rows(options, unit: Path) -> Iterator[Row]:
     return ((f"{unit.name}#{number}", (pictures, record)) for number, record in data.items())
 
 
-def _mimic(options, name: str, row) -> Iterator[Draft]:
+def _mimic(options, name: str, row) -> Iterator[Converted]:
     store, record = row
     known, parts = tables.document(store), []
     for number in list_of(field_of(record, "image_ids")):
@@ -239,19 +241,19 @@ def _mimic(options, name: str, row) -> Iterator[Draft]:
         if not isinstance(held, str):
             raise Dropped("missing media", f"no picture {number} in {store.name}")
         parts.append([check(from_base64(held), "")])
-    said = [{"from": "human", "value": field_of(record, "instruction")},
-            {"from": "gpt", "value": field_of(record, "answer")}]
-    yield Draft(conversation(said, {"image": parts}))
+    messages = [{"from": "human", "value": field_of(record, "instruction")},
+                {"from": "gpt", "value": field_of(record, "answer")}]
+    yield Converted(conversation_of(messages, {"image": parts}))
 
 
 FORMATS = {
     "llava": Format("JSON of image and conversations (LLaVA, ALLaVA, LVIS-Instruct4V, ShareGPT4V), or of question and "
                     "answer (LRV, StableLLaVA)",
-                    tables.units_of(".json", *tables.LINES), tables.rows_of, _llava, ("media", "frames")),
+                    tables.units_of(".json", *tables.LINES), tables.rows_of, _llava, (MEDIA, FRAMES)),
     "vqav2": Format("JSON of questions, beside that of annotations; those about one picture become one conversation",
-                    _vqa_units, _vqa_rows, _vqa, ("media", "annotations", "file", "turns")),
+                    _vqa_units, _vqa_rows, _vqa, (MEDIA, ANNOTATIONS, FILE, TURNS)),
     "chartqa": Format("JSON of imgname, query and label, beside png/", _chart_units, _chart_rows, _chart,
-                      ("media", "turns")),
+                      (MEDIA, TURNS)),
     "mimic-it": Format("JSON of instructions and JSON of base64 pictures", _mimic_units, _mimic_rows, _mimic,
-                       ("images",)),
+                       (IMAGES,)),
 }

@@ -4,9 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.samples import Draft, Dropped, Format, Row, field_of, text_of
+from onevocab.data.convert.options import MAP, Format, Option, positive
+from onevocab.data.convert.samples import Converted, Dropped, Row, field_of, text_of
+from onevocab.tokenizers.document import plain_document
 
 MAX_TEXT = 64 << 20  # bytes of one document
+BY = Option("by", "what of a .txt is a document (default: paragraph, between empty lines)",
+            choices=("file", "paragraph", "line"), default="paragraph")
+MAX_CHARS = Option("max_chars", "cut longer documents, at a paragraph, sentence or space", positive, metavar="N")
 _CUTS = ("\n\n", "\n", ". ", " ")
 
 
@@ -53,13 +58,13 @@ def _text(lines: list[bytes], size: int) -> Iterator[str | Dropped]:
         yield text
 
 
-def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
+def _make(options, name: str, record) -> Iterator[Converted | Dropped]:
     text = record if isinstance(record, str) else text_of(field_of(record, options.map.get("text", "text")))
     for piece in pieces(text.replace("\r\n", "\n"), options.max_chars):
-        yield Draft([(None, [piece])]) if piece else Dropped("empty text")
+        yield Converted(plain_document([("text", piece)])) if piece else Dropped("empty text")
 
 
 FORMATS = {
     "text": Format("plain text: .txt, or JSON lines with a field of text, also compressed",
-                   tables.units_of(".txt", *tables.LINES), _rows, _make, ("by", "max_chars", "map"), ("text",)),
+                   tables.units_of(".txt", *tables.LINES), _rows, _make, (BY, MAX_CHARS, MAP), ("text",)),
 }

@@ -1,19 +1,22 @@
 """Every format by its name."""
 
-from onevocab.data.convert import (
-    captions,
-    coco,
-    conversations,
-    corpora,
-    interleaved,
-    mapped,
-    recordings,
-    webshards,
-)
-from onevocab.data.convert.samples import Format
+from importlib import import_module
 
+from onevocab.data.convert.options import Format
+
+# The modules whose FORMATS there are, a line each, in the order in which `--help` lists them.
+MODULES = (
+    "captions",
+    "conversations",
+    "coco",
+    "webshards",
+    "recordings",
+    "interleaved",
+    "corpora",
+    "mapped",
+)
 FORMATS: dict[str, Format] = {
     name: chosen
-    for module in (captions, conversations, coco, webshards, recordings, interleaved, corpora, mapped)
-    for name, chosen in module.FORMATS.items()
+    for module in MODULES
+    for name, chosen in import_module(f"onevocab.data.convert.{module}").FORMATS.items()
 }

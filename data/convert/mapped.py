@@ -6,12 +6,12 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
-from onevocab.data.convert.conversations import conversation
-from onevocab.data.convert.media import VIDEO_SUFFIXES, suffix_of
+from onevocab.data.convert.conversations import conversation_of
+from onevocab.data.convert.media import KINDS, kind_of
+from onevocab.data.convert.options import FILE, FRAMES, MAP, MEDIA, SPLIT, Format
 from onevocab.data.convert.samples import (
-    Draft,
+    Converted,
     Dropped,
-    Format,
     Row,
     field_of,
     files_in,
@@ -20,10 +20,8 @@ from onevocab.data.convert.samples import (
     pairs,
     text_of,
 )
-from onevocab.tokenizers.media import AUDIO_SUFFIXES
 
-MEDIA = ("image", "audio", "video")
-ROLES = (*MEDIA, "conversations", "system", "instruction", "input", "response", "text")
+ROLES = (*KINDS, "conversations", "system", "instruction", "input", "response", "text")
 # What publishers call the columns of texts, by role.
 CALLED = {"conversations": ("conversations", "messages", "conversation"),
           "instruction": ("instruction", "question", "query", "prompt"), "input": ("input",),
@@ -31,29 +29,24 @@ CALLED = {"conversations": ("conversations", "messages", "conversation"),
           "text": ("text", "caption", "captions", "sentence", "transcription", "transcript", "description")}
 
 
-def _sample(options, roles: dict[str, str], record) -> Iterator[Draft | Dropped]:
+def _sample(options, roles: dict[str, str], record) -> Iterator[Converted | Dropped]:
     """A conversation where roles name conversations or a response, else a plain document for each text."""
-    files = {kind: files_in(field_of(record, roles[kind])) for kind in MEDIA if kind in roles}
+    files = {kind: files_in(field_of(record, roles[kind])) for kind in KINDS if kind in roles}
     if options.file:
         file = fill(options.file, record)
-        files.setdefault(_kind(file), []).append(file)
+        files.setdefault(kind_of(file) or KINDS[0], []).append(file)
     media = {kind: [options.media.take(file) for file in named] for kind, named in files.items()}
     if "conversations" in roles:
-        return iter([Draft(conversation(field_of(record, roles["conversations"]), media))])
+        return iter([Converted(conversation_of(field_of(record, roles["conversations"]), media))])
     if "response" in roles:
         asked = "\n".join(filter(None, (_text(record, roles.get(role)) for role in ("instruction", "input"))))
-        said = [{"from": "system", "value": _text(record, roles.get("system"))}, {"from": "human", "value": asked},
-                {"from": "gpt", "value": _text(record, roles["response"])}]
-        return iter([Draft(conversation(said, media))])
+        messages = [{"from": "system", "value": _text(record, roles.get("system"))}, {"from": "human", "value": asked},
+                    {"from": "gpt", "value": _text(record, roles["response"])}]
+        return iter([Converted(conversation_of(messages, media))])
     parts = [part for shown in media.values() for file in shown for part in file]
     if media and not parts:
         raise Dropped("missing media", "no file is named")
     return pairs(lambda: parts, list_of(field_of(record, roles["text"])))
-
-
-def _kind(file: str) -> str:
-    suffix = suffix_of(file)
-    return "audio" if suffix in AUDIO_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else "image"
 
 
 def _text(record, field: str | None) -> str:
@@ -72,7 +65,7 @@ def _units(options) -> list[Path]:
     return tables.files_of(options.source)
 
 
-def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
+def _make(options, name: str, record) -> Iterator[Converted | Dropped]:
     return _sample(options, options.map, record)
 
 
@@ -81,21 +74,21 @@ def _make(options, name: str, record) -> Iterator[Draft | Dropped]:
 
 def _folder_units(options) -> list[Path]:
     """The files of all splits, or of one: `train-00000-of-00002.parquet`, `train/data-00000-of-00001.arrow`."""
-    found = [path for path in tables.files_of(options.source, tables.COLUMNS) if not path.name.startswith("cache-")]
+    files = [path for path in tables.files_of(options.source, tables.COLUMNS) if not path.name.startswith("cache-")]
     if options.split:
-        found = [path for path in found if options.split in (path.name.partition("-")[0], path.stem, path.parent.name)]
-    if options.split and not found:
+        files = [path for path in files if options.split in (path.name.partition("-")[0], path.stem, path.parent.name)]
+    if options.split and not files:
         raise UserError(f"{options.source} has no split {options.split}")
-    return found
+    return files
 
 
 def guess(names: list[str], files: list[str], texts: list[str], given: dict[str, str]) -> dict[str, str]:
     """Roles of a table's columns; files: those that hold media; texts: those that hold texts; given: roles that the
     user named, which come first. Raises UserError when it is not clear."""
     roles, ask = dict(given), f"the columns are {', '.join(names)}: say by --map ROLE=COLUMN, as --map image=COLUMN"
-    if not set(MEDIA) & set(given):
+    if not set(KINDS) & set(given):
         for name in files:
-            kind = next((kind for kind in ("audio", "video") if kind in name.lower()), "image")
+            kind = next((kind for kind in KINDS[1:] if kind in name.lower()), KINDS[0])
             if kind in roles:
                 raise UserError(f"{roles[kind]} and {name} both hold media; {ask}")
             roles[kind] = name
@@ -125,13 +118,13 @@ def _folder_rows(options, unit: Path) -> Iterator[Row]:
     return ((name, (roles, record)) for name, record in tables.rows(unit))
 
 
-def _folder_make(options, name: str, row) -> Iterator[Draft | Dropped]:
+def _folder_make(options, name: str, row) -> Iterator[Converted | Dropped]:
     return _sample(options, *row)
 
 
 FORMATS = {
     "huggingface": Format("a folder of parquet or arrow files of `datasets`, media in the columns", _folder_units,
-                          _folder_rows, _folder_make, ("media", "split", "map", "file", "frames"), ROLES),
+                          _folder_rows, _folder_make, (MEDIA, SPLIT, MAP, FILE, FRAMES), ROLES),
     "map": Format("any table, its fields named by --map", _units, tables.rows_of, _make,
-                  ("media", "map", "file", "frames"), ROLES),
+                  (MEDIA, MAP, FILE, FRAMES), ROLES),
 }

@@ -10,15 +10,17 @@ import binascii
 import io
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from onevocab.common.errors import UserError
-from onevocab.data.convert.samples import Dropped, Medium, Part
-from onevocab.data.documents import AUDIO_ENDINGS, IMAGE_ENDINGS, UNDECODABLE
+from onevocab.data.convert.samples import Dropped, Medium
+from onevocab.data.documents import UNDECODABLE, modality_of_ending
 from onevocab.data.shards.format import MAX_MEMBER
+from onevocab.tokenizers.document import Part
 from onevocab.tokenizers.media import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -28,7 +30,9 @@ from onevocab.tokenizers.media import (
     load_image,
 )
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
+VIDEO = "video"  # no modality: it becomes pictures, sounds and texts
+_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, VIDEO: (".mp4", ".mov", ".mkv", ".webm")}
+KINDS = tuple(_SUFFIXES)  # of the files that records name
 _SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"),
                (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"BM", "bmp"))
 _URL = re.compile(r"((?:.*?://[^?#]*)|.*)(\?[^#]*)?", re.DOTALL)  # (all before the query, the query)
@@ -40,47 +44,52 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(_URL.match(name)[1])[1].lower()
 
 
-def is_medium(name: str) -> bool:
-    """Whether this name's ending is one of a picture, a sound or a video."""
-    return suffix_of(name) in (*IMAGE_SUFFIXES, *AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
+def kind_of(name: str) -> str | None:
+    """Which of KINDS a file is by its name's ending, None for anything else."""
+    return _kind_of_suffix(suffix_of(name))
 
 
-def kind_of(content: bytes) -> str | None:
+def _kind_of_suffix(suffix: str) -> str | None:
+    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+
+
+def ending_by_content(content: bytes) -> str | None:
     """"png", "jpg", "flac", ... by a file's first bytes, None when they are unknown."""
-    for start, signature, kind in _SIGNATURES:
+    for start, signature, ending in _SIGNATURES:
         if content[start : start + len(signature)] == signature:
-            return kind
+            return ending
     # An MP3 without tags starts with a frame: eleven bits that are set.
     return "mp3" if len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0 else None
 
 
 def _check_suffix(name: str) -> None:
-    if suffix_of(name) and not is_medium(name):
+    if suffix_of(name) and kind_of(name) is None:
         raise Dropped("unknown ending", name)
 
 
-def check(content: bytes, name: str, suffix: str | None = None) -> Medium:
-    """The bytes of a picture or a sound, decoded once to be sure. name: its path, whose ending says what it should be
-    unless `suffix` does; without one the bytes decide. Raises Dropped."""
+# modality -> how a file's bytes are read, and what is read written as a file that shards take
+_CODERS = {"image": (load_image, lambda picture: Medium("png", encode_png(picture), True)),
+           "audio": (load_audio, lambda sound: Medium("flac", encode_audio(*sound), True))}
+
+
+def check(content: bytes, name: str, suffix: str | None = None) -> Part:
+    """The bytes of a picture or a sound -> (modality, Medium), decoded once to be sure. name: its path, whose
+    ending says what it should be unless `suffix` does; without one the bytes decide. Raises Dropped."""
     suffix = suffix_of(name) if suffix is None else suffix
     _check_suffix(suffix and name)
     if len(content) > MAX_MEMBER:
         raise Dropped("too large", f"{name} has {len(content):,} bytes, {MAX_MEMBER:,} are allowed")
-    kind = kind_of(content)
-    if kind is None:
+    ending = ending_by_content(content)
+    if ending is None:
         what = "is empty" if not content else "is no picture or sound of a known kind"
         raise Dropped("unreadable media", f"{name} {what}")
-    modality = "image" if f".{kind}" in IMAGE_SUFFIXES else "audio"
-    if suffix and suffix not in (IMAGE_SUFFIXES if modality == "image" else AUDIO_SUFFIXES):
-        raise Dropped("wrong ending", f"{name} holds {kind}")
+    modality = _kind_of_suffix(f".{ending}")
+    if suffix and _kind_of_suffix(suffix) != modality:
+        raise Dropped("wrong ending", f"{name} holds {ending}")
+    load, write = _CODERS[modality]
     try:
-        if modality == "image":
-            picture = load_image(content)
-            return (Medium("image", kind, content) if kind in IMAGE_ENDINGS
-                    else Medium("image", "png", encode_png(picture), True))
-        samples, rate = load_audio(content)
-        return (Medium("audio", kind, content) if kind in AUDIO_ENDINGS
-                else Medium("audio", "flac", encode_audio(samples, rate), True))
+        value = load(content)
+        return modality, Medium(ending, content) if modality_of_ending(ending) else write(value)
     except UNDECODABLE as error:
         raise Dropped("unreadable media", f"{name}: {error}") from None
 
@@ -128,7 +137,7 @@ class MediaFolder:
         raise Dropped("missing media", "no file is named")
 
     def _read(self, path: Path, name: str) -> list[Part]:
-        if suffix_of(name) in VIDEO_SUFFIXES:
+        if kind_of(name) == VIDEO:
             return _video(path, name, self.frames)
         try:
             size = path.stat().st_size
@@ -172,7 +181,7 @@ def from_base64(text: str) -> bytes:
         raise Dropped("unreadable media", f"not base64 ({error})") from None
 
 
-def _sound(samples, rate) -> Medium:
+def _sound(samples, rate) -> Part:
     """A decoded sound: numbers in -1..1, of one channel or a list of channels. Raises Dropped."""
     try:
         samples = np.asarray(samples)
@@ -181,7 +190,8 @@ def _sound(samples, rate) -> Medium:
         content = encode_audio(samples if samples.ndim == 1 else samples.mean(axis=0), rate)
     except (TypeError, ValueError, RuntimeError) as error:
         raise Dropped("unreadable media", f"a decoded sound ({error})") from None
-    return check(content, "a decoded sound", "")._replace(reencoded=True)
+    modality, medium = check(content, "a decoded sound", "")
+    return modality, replace(medium, reencoded=True)
 
 
 def _video(path: Path, name: str, frames: int) -> list[Part]:
@@ -195,24 +205,25 @@ def _video(path: Path, name: str, frames: int) -> list[Part]:
     except UserError as error:
         options, without = {"subtitles": False}, Dropped("unreadable subtitles", str(error))
     try:
-        found = frames_and_sound(path, max_frames=frames, **options)
+        shown = frames_and_sound(path, max_frames=frames, **options)
     except UNDECODABLE as error:
         if isinstance(error.__context__, ImportError):
             raise  # no fault of this file's: without the package that reads them, all would be dropped
         raise Dropped("unreadable media", f"{name}: {error}") from None
-    parts = [_encoded(part) for part in found]
-    first = next((i for i, part in enumerate(parts) if isinstance(part, Medium)), None)
+    parts = [_encoded(part) for part in shown]
+    first = next((i for i, (_, content) in enumerate(parts) if isinstance(content, Medium)), None)
     if first is not None:
-        parts[first] = parts[first]._replace(without=without)
+        modality, medium = parts[first]
+        parts[first] = modality, replace(medium, without=without)
     return parts
 
 
 def _encoded(part) -> Part:
     """A text, a frame or a piece of sound of a video. Frames become JPEG: what they come from was lossy too."""
     if isinstance(part, str):
-        return part
+        return "text", part
     if isinstance(part, Image.Image):
         buffer = io.BytesIO()
         part.save(buffer, "JPEG", quality=95)
-        return Medium("image", "jpg", buffer.getvalue(), True)
-    return Medium("audio", "flac", encode_audio(*part), True)
+        return "image", Medium("jpg", buffer.getvalue(), True)
+    return "audio", Medium("flac", encode_audio(*part), True)

@@ -1,15 +1,12 @@
-"""What a converter yields: samples in the documents' format, and what is left out, with the reason.
+"""What a converter yields: documents whose media are files, and what is left out, with the reason."""
 
-A format is three functions over one input: `units` says which files hold records, `rows` reads the records of one of
-them without touching any picture or sound, and `make` turns one record into samples. So the records of a file can be
-split over ranks, and reading them twice costs little.
-"""
-
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from onevocab.data.documents import members_of
+from onevocab.tokenizers.document import Document, MediaFile, Part, conversation, plain_document
 
 
 class Dropped(Exception):
@@ -20,44 +17,24 @@ class Dropped(Exception):
         self.reason, self.detail = reason, detail
 
 
-class Medium(NamedTuple):
-    """A checked file. modality: "image" or "audio"; ending: of a shard's member, as `png`; reencoded: whether the
-    bytes are not the source's, since shards do not take its kind; without: what had to be left out, such as a video's
-    subtitles."""
+@dataclass(frozen=True)
+class Medium(MediaFile):
+    """A checked file. reencoded: whether the bytes are not the source's, since shards do not take its kind; without:
+    what had to be left out, such as a video's subtitles."""
 
-    modality: str
-    ending: str
-    content: bytes
-    reencoded: bool = False
-    without: Dropped | None = None
+    reencoded: bool = field(default=False, compare=False)
+    without: Dropped | None = field(default=None, compare=False)
 
 
-Part = str | Medium
+class Converted(NamedTuple):
+    """A sample to be written. document: its media are Medium; left_out: what it has to do without, such as one missing
+    picture of several."""
 
-
-@dataclass
-class Draft:
-    """A sample to be written. turns: (role, parts) in order; one turn of role None is a plain document. left_out: what
-    the sample has to do without, such as one missing picture of several."""
-
-    turns: list[tuple[str | None, list[Part]]]
-    left_out: list[Dropped] = field(default_factory=list)
+    document: Document
+    left_out: list[Dropped] | tuple[()] = ()
 
 
 Row = tuple[str, object]  # (where the record stands, the record or a Dropped)
-
-
-class Format(NamedTuple):
-    """help: one line; units(options): what can be read independently, in a fixed order; rows(options, unit): its
-    records, a Dropped in place of one that cannot be read; make(options, name, record): its samples, what is dropped
-    yielded or raised; options: names in options.OPTIONS that it takes; roles: what a field can be mapped to."""
-
-    help: str
-    units: Callable[..., list]
-    rows: Callable[..., Iterator[Row]]
-    make: Callable[..., Iterator[Draft | Dropped]]
-    options: tuple[str, ...] = ("media",)
-    roles: tuple[str, ...] = ()
 
 
 def printable(text: str) -> str:
@@ -65,34 +42,21 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def members_of(draft: Draft, source: str) -> dict[str, bytes]:
-    """Draft -> members of a shard's sample: `json`, `0.png`, `1.flac`, ...; a file that is shown twice is stored once.
+def sample_of(document: Document, source: str) -> dict[str, bytes]:
+    """Document -> members of a shard's sample: `json`, `0.png`, `1.flac`, ...; files of the same bytes are stored once.
 
-    source: where the sample comes from, kept in the JSON. Raises Dropped when it says nothing, or holds text that no
-    encoding takes.
+    source: where the sample comes from, kept in the JSON. Raises Dropped when a turn says nothing or holds text that
+    no encoding takes.
     """
-    members: dict[str, bytes] = {}
-    names: dict[bytes, str] = {}
-
-    def part(value: Part) -> dict:
-        if isinstance(value, str):
-            return {"type": "text", "text": value}
-        name = names.setdefault(value.content, f"{len(names)}.{value.ending}")
-        members[name] = value.content
-        return {"type": value.modality, "file": name}
-
-    turns = [(role, [part(value) for value in parts if value]) for role, parts in draft.turns]
-    if not turns or not all(parts for _, parts in turns):
+    filled = Document(tuple(segment for segment in document.segments if segment.content != ""))
+    if not filled.segments or len(filled.turns) < len(document.turns):
         raise Dropped("empty text", "a turn holds nothing")
-    if turns[0][0] is None:
-        data = {"content": turns[0][1]}
-    else:
-        data = {"messages": [{"role": role, "content": parts} for role, parts in turns]}
+    stored: dict[bytes, Medium] = {}
+    filled = filled.map_media(lambda _, file: stored.setdefault(file.content, file))
     try:  # a lone surrogate: bytes that are no UTF-8, or half a pair spelled in JSON
-        members["json"] = json.dumps(data | {"source": printable(source)}, ensure_ascii=False).encode()
+        return members_of(filled, {"source": printable(source)})
     except UnicodeEncodeError as error:
         raise Dropped("bad text", f"not Unicode ({error.reason})") from None
-    return members
 
 
 # ------------------------------------------------------------------------------------------- reading of records
@@ -159,7 +123,7 @@ def fill(template: str, record: dict) -> str:
 # ------------------------------------------------------------------------------------------- making of samples
 
 
-def pairs(parts: Callable[[], list[Part]], captions: list, most: int | None = None) -> Iterator[Draft | Dropped]:
+def pairs(parts: Callable[[], list[Part]], captions: list, most: int | None = None) -> Iterator[Converted | Dropped]:
     """A medium with each of its captions: as many plain documents, `most` of them at most (None: all).
 
     parts: reads the medium, called once and only if there is a caption.
@@ -173,18 +137,19 @@ def pairs(parts: Callable[[], list[Part]], captions: list, most: int | None = No
             continue
         medium = parts() if medium is None else medium
         kept += 1
-        yield Draft([(None, [*medium, caption])])
+        yield Converted(plain_document([*medium, ("text", caption)]))
 
 
 def exchanges(parts: list[Part], asked: list[tuple[str, str]], turns: int, hint: str = "",
-              left_out: list[Dropped] | None = None) -> Iterator[Draft]:
+              left_out: list[Dropped] | None = None) -> Iterator[Converted]:
     """(question, answer) pairs about one medium -> conversations of at most `turns` pairs, each showing it first.
 
     hint: what kind of answer is wanted, said with the first question.
     """
     for start in range(0, len(asked), turns):
-        said: list[tuple[str | None, list[Part]]] = []
+        messages: list[tuple[str, list[Part]]] = []
         for question, answer in asked[start : start + turns]:
-            said += [("user", [question]), ("assistant", [answer])]
-        said[0][1][:] = [*parts, f"{said[0][1][0]} {hint}".strip()]
-        yield Draft(said, list(left_out or ()) if start == 0 else [])
+            first = not messages
+            shown = [*parts, ("text", f"{question} {hint}".strip())] if first else [("text", question)]
+            messages += [("user", shown), ("assistant", [("text", answer)])]
+        yield Converted(conversation(messages), list(left_out or ()) if start == 0 else [])

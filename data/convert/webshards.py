@@ -7,16 +7,21 @@ from pathlib import Path
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.media import check
-from onevocab.data.convert.samples import Draft, Dropped, Format, Part, Row, field_of, list_of, pairs, text_of
-from onevocab.data.documents import IMAGE_ENDINGS, modality_of_ending
+from onevocab.data.convert.options import Format
+from onevocab.data.convert.samples import Converted, Dropped, Row, field_of, list_of, pairs, text_of
+from onevocab.data.documents import modality_of_ending
 from onevocab.data.shards.format import Sample, read_shard
+from onevocab.tokenizers.document import Part
+from onevocab.tokenizers.modalities import MODALITIES
+
+PICTURES = MODALITIES["image"].shard_endings
 
 
 def _units(options) -> list[Path]:
     """Shards, and parquet files that stand for themselves: one beside a shard of its name only describes it."""
-    found = tables.files_of(options.source, (".tar", ".parquet"))
-    shards = {path.with_suffix("") for path in found if path.suffix == ".tar"}
-    return [path for path in found if path.suffix == ".tar" or path.with_suffix("") not in shards]
+    files = tables.files_of(options.source, (".tar", ".parquet"))
+    shards = {path.with_suffix("") for path in files if path.suffix == ".tar"}
+    return [path for path in files if path.suffix == ".tar" or path.with_suffix("") not in shards]
 
 
 def _rows(options, unit: Path) -> Iterator[Row]:
@@ -30,11 +35,11 @@ def _rows(options, unit: Path) -> Iterator[Row]:
         raise Dropped("damaged input", str(error)) from None
 
 
-def _make(options, name: str, row) -> Iterator[Draft | Dropped]:
+def _make(options, name: str, row) -> Iterator[Converted | Dropped]:
     return _from_shard(row) if isinstance(row, Sample) else _from_parquet(options, *row)
 
 
-def _from_shard(sample: Sample) -> Iterator[Draft | Dropped]:
+def _from_shard(sample: Sample) -> Iterator[Converted | Dropped]:
     if sample.refused:
         ending, why = next(iter(sample.refused.items()))
         raise Dropped("refused member", f"{ending}: {why}")
@@ -48,17 +53,17 @@ def _from_shard(sample: Sample) -> Iterator[Draft | Dropped]:
     return pairs(lambda: [check(sample.members[ending], f"{sample.key}.{ending}") for ending in media], captions)
 
 
-def _from_parquet(options, stem: str, record) -> Iterator[Draft | Dropped]:
+def _from_parquet(options, stem: str, record) -> Iterator[Converted | Dropped]:
     status = text_of(field_of(record, "status"))
     if status and status != "success":
         raise Dropped("not downloaded", text_of(field_of(record, "error_message")))
     key = text_of(field_of(record, "key"))
 
     def parts() -> list[Part]:
-        for ending in IMAGE_ENDINGS:
+        for ending in PICTURES:
             if isinstance(held := field_of(record, ending), bytes):
                 return [check(held, f"{key}.{ending}")]
-        return options.media.parts(*(f"{stem}/{key}.{ending}" for ending in IMAGE_ENDINGS))
+        return options.media.parts(*(f"{stem}/{key}.{ending}" for ending in PICTURES))
 
     return pairs(parts, list_of(field_of(record, "caption", "text")))
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.formats import FORMATS
-from onevocab.data.convert.options import options_of
+from onevocab.data.convert.options import Format, options_of
 from onevocab.data.convert.report import Report, claimed, finish
-from onevocab.data.convert.samples import Draft, Dropped, Format, Medium, list_of, members_of, printable
+from onevocab.data.convert.samples import Converted, Dropped, list_of, printable, sample_of
 from onevocab.data.documents import modality_of_ending
 from onevocab.data.shards.writer import ShardWriter
+from onevocab.tokenizers.document import Document
 
 BLOCK = 50  # neighbouring records that stay together when a file is split into parts
 
@@ -29,9 +30,9 @@ def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | 
     """Converts `source`, a file or folder of the format `name`, into shards in the folder `out`.
 
     rank, world: this process does every `world`-th part, from the `rank`-th on; parts: how many each file of the input
-    is split into (default: as few as give every rank one; the result depends on it); given: the format's options, see
-    options.OPTIONS. Duplicates are found within a part. Returns the report of this rank, of all when it is the last.
-    Raises UserError on a wrong option or path, on a folder that is not empty, and when nothing was kept.
+    is split into (default: as few as give every rank one; the result depends on it); given: the format's options.
+    Duplicates are found within a part. Returns the report of this rank, of all when it is the last. Raises UserError on
+    a wrong option or path, on a folder that is not empty, and when nothing was kept.
     """
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
@@ -53,7 +54,7 @@ def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | 
                 for number in range(rank, len(todo), world):
                     prefix = f"{name}-{number:05d}"
                     with ShardWriter(out, prefix, samples_per_shard) as writer:
-                        _write(writer, prefix, _drafts(chosen, options, *todo[number], split), report, bar)
+                        _write(writer, prefix, _samples(chosen, options, *todo[number], split), report, bar)
                     report.shards += [path.name for path in writer.shards]
             return finish(report, out, rank, world) or report
         finally:
@@ -76,7 +77,7 @@ def _check_map(chosen: Format, options, unit: Path) -> None:
         raise UserError(f"--map {wrong[0]}: {unit.name} has no such field; its fields are {', '.join(sorted(fields))}")
 
 
-def _drafts(chosen: Format, options, unit: Path, turn: int, split: int) -> Iterator[tuple[str, Draft | Dropped]]:
+def _samples(chosen: Format, options, unit: Path, turn: int, split: int) -> Iterator[tuple[str, Converted | Dropped]]:
     """What a file's blocks of records number turn, turn + split, ... become."""
     try:
         for number, (name, record) in enumerate(chosen.rows(options, unit)):
@@ -95,15 +96,15 @@ def _drafts(chosen: Format, options, unit: Path, turn: int, split: int) -> Itera
             yield unit.name, dropped
 
 
-def _write(writer: ShardWriter, prefix: str, drafts: Iterator[tuple[str, Draft | Dropped]], report: Report,
+def _write(writer: ShardWriter, prefix: str, samples: Iterator[tuple[str, Converted | Dropped]], report: Report,
            bar: tqdm) -> None:
     seen: dict[bytes, str] = {}
-    for name, made in drafts:
+    for name, made in samples:
         bar.update()
         try:
             if isinstance(made, Dropped):
                 raise made
-            members, digest = members_of(made, name), _digest(made)
+            members, digest = sample_of(made.document, name), _digest(made.document)
             if digest in seen:
                 raise Dropped("duplicate", f"the same as {seen[digest]}")
         except Dropped as dropped:
@@ -114,24 +115,24 @@ def _write(writer: ShardWriter, prefix: str, drafts: Iterator[tuple[str, Draft |
         _count(report, name, made, members)
 
 
-def _digest(made: Draft) -> bytes:
+def _digest(document: Document) -> bytes:
     """Of all that a sample says and shows: equal for duplicates."""
     digest = hashlib.blake2b(digest_size=16)
-    for number, (role, parts) in enumerate(made.turns):
-        for part in parts:
-            kind, content = ("text", part.encode()) if isinstance(part, str) else (part.modality, part.content)
-            digest.update(f"{number} {role} {kind} {len(content)}\n".encode())
+    for number, (role, segments) in enumerate(document.turns):
+        for segment in segments:
+            content = segment.content.encode() if segment.modality == "text" else segment.content.content
+            digest.update(f"{number} {role} {segment.modality} {len(content)}\n".encode())
             digest.update(content)
     return digest.digest()
 
 
-def _count(report: Report, name: str, made: Draft, members: dict[str, bytes]) -> None:
+def _count(report: Report, name: str, made: Converted, members: dict[str, bytes]) -> None:
     report.samples += 1
     for ending, content in members.items():
         report.bytes += len(content)
         if modality := modality_of_ending(ending):
             report.media[modality] = report.media.get(modality, 0) + 1
-    shown = [part for _, parts in made.turns for part in parts if isinstance(part, Medium)]
-    report.reencoded += len({part.content for part in shown if part.reencoded})
-    for dropped in [*made.left_out, *(part.without for part in shown if part.without)]:
+    media = [segment.content for segment in made.document.media]
+    report.reencoded += len({medium.content for medium in media if medium.reencoded})
+    for dropped in [*made.left_out, *(medium.without for medium in media if medium.without)]:
         report.add(report.left_out, name, dropped)

@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from samples import as_json, image, png, raw_samples, write_tar
 
 from onevocab.common.errors import UserError
-from onevocab.data.documents import BadSample, turns_of
+from onevocab.data.documents import BadSample, document_of
 from onevocab.data.shards import index
 from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.data.shards.index import IndexedShard, build_index, build_indexes, index_path, read_indexed
@@ -136,7 +136,7 @@ def test_sparse_files_are_refused_and_named(tmp_path, version):
     samples = list(read_indexed(shard))
     assert plain(samples) == [("./a", {}), ("./b", {"txt": b"after"})] and list(samples[0].refused) == ["txt"]
     with pytest.raises(BadSample, match="a.tar: sample ./a: member txt refused: a link, device or other special"):
-        turns_of(samples[0])
+        document_of(samples[0])
 
 
 @pytest.mark.parametrize("start", [
@@ -210,7 +210,7 @@ def test_every_cut_is_noticed_and_costs_one_sample(tmp_path):
             assert len(good) == min(3, (cut - 512) // 2048)  # those that another header follows
             assert plain(good) == expected[: len(good)] and last.key == expected[len(good)][0]
             with pytest.raises(BadSample, match=rf"{cut}\.tar: sample {last.key}: .*damaged or cut short here"):
-                turns_of(last)
+                document_of(last)
 
 
 def test_a_flipped_byte_is_named(tmp_path):
@@ -225,7 +225,7 @@ def test_a_flipped_byte_is_named(tmp_path):
     assert [list(sample.refused) for sample in samples] == [[], ["0.png"], []]
     assert [list(sample.members) for sample in samples] == [["json", "0.png"], ["json"], ["json", "0.png"]]
     with pytest.raises(BadSample, match=r"a\.tar: sample 1: member 0\.png refused: its checksum"):
-        turns_of(samples[1])
+        document_of(samples[1])
     assert list(read_indexed(shard)) == list(read_shard(shard))
 
 

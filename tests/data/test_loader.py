@@ -22,7 +22,7 @@ from samples import (
 
 from onevocab.common.errors import UserError
 from onevocab.data.codes import tokenize_shards
-from onevocab.data.documents import document_of
+from onevocab.data.documents import codes_document
 from onevocab.data.loader import LoaderConfig, LossWeights, PackedLoader, Source
 from onevocab.data.packing import pack
 from onevocab.data.shards.format import (
@@ -133,7 +133,7 @@ def test_repeats_and_weights(tmp_path, tokenizers):
 def test_both_orders_and_caption_drop(codes, tokenizers, tmp_path):
     """Every stored document against the same document written out and encoded anew."""
     loader = PackedLoader(codes, tokenizers, CONFIG)
-    shown, documents = set(), [document_of(s) for shard in list_shards(codes) for s in read_shard(shard)]
+    shown, documents = set(), [codes_document(s) for shard in list_shards(codes) for s in read_shard(shard)]
     for epoch in range(6):
         for number, swapped, dropped in zip(*(values.tolist() for values in loader.plan(epoch)), strict=True):
             segments, kind = list(documents[number].segments), number % 5
@@ -171,7 +171,7 @@ def test_only_the_request_before_a_drawing_is_dropped(tmp_path, tokenizers):
     ids, loss = loader.tokens_of(0, False, True)
     messages[3]["content"][1]["text"] = ""
     members = {"json": as_json({"messages": messages}), "0.image.npy": grid(0), "1.image.npy": grid(1)}
-    expected = tokenizers.encode(document_of(sample(members)))
+    expected = tokenizers.encode(codes_document(sample(members)))
     assert ids.tolist() == expected.ids.tolist() and loss.tolist() == expected.loss_mask.tolist()
 
 

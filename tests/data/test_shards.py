@@ -28,7 +28,7 @@ from tiny import tiny_tokenizers
 from onevocab.common.errors import UserError
 from onevocab.data import tokenize
 from onevocab.data.codes import tokenize_in_processes, tokenize_shards
-from onevocab.data.documents import BadSample, document_of, turns_of
+from onevocab.data.documents import BadSample, codes_document, document_of
 from onevocab.data.loader import PackedLoader
 from onevocab.data.shards.format import (
     codes_to_npy,
@@ -98,12 +98,12 @@ def test_hostile_members_are_refused(tmp_path):
     ])
     samples = {s.key: s for s in read_shard(shard, max_member=1000)}
     assert samples["a"].members == {"txt": b"fine"} and not samples["a"].refused
-    assert document_of(samples["a"]) == Document((Segment("text", "fine"),))
+    assert codes_document(samples["a"]) == Document((Segment("text", "fine"),))
     for key, reason in [("b", "link"), ("c", "device"), ("d", "special"), ("../e", "outside"), ("/f", "outside"),
                         ("g", "two members"),
                         ("h", "2,000 bytes")]:
         with pytest.raises(BadSample, match=reason):
-            turns_of(samples[key])
+            document_of(samples[key])
 
 
 @pytest.mark.parametrize("cut", [700, 1024, 1536, 1700, 2048, 2560])
@@ -155,14 +155,14 @@ def test_documents_of_every_layout():
     codes, sound = np.arange(16).reshape(4, 4), np.arange(6).reshape(3, 2)
     members = {"0.image.npy": codes_to_npy(codes, 16), "1.audio.npy": codes_to_npy(sound, 16)}
     content = [image("0.image.npy"), text("hi"), audio("1.audio.npy")]
-    assert document_of(sample({"json": as_json({"content": content}), **members})) == Document(
+    assert codes_document(sample({"json": as_json({"content": content}), **members})) == Document(
         (Segment("image", codes), Segment("text", "hi"), Segment("audio", sound)))
     messages = [say("system", text("s")), say("user", *content[:2]), {"role": "assistant", "content": "yes"}]
-    assert document_of(sample({"json": as_json({"messages": messages}), **members})) == conversation(
+    assert codes_document(sample({"json": as_json({"messages": messages}), **members})) == conversation(
         [("system", [("text", "s")]), ("user", [("image", codes), ("text", "hi")]), ("assistant", [("text", "yes")])])
-    assert document_of(sample({"image.npy": members["0.image.npy"], "txt": b"hi\n", "json": b"{}"})) == Document(
+    assert codes_document(sample({"image.npy": members["0.image.npy"], "txt": b"hi\n", "json": b"{}"})) == Document(
         (Segment("image", codes), Segment("text", "hi")))
-    assert document_of(sample({"wav": b"RIFF", "txt": b"hi"}), lambda modality, file: sound) == Document(
+    assert codes_document(sample({"wav": b"RIFF", "txt": b"hi"}), lambda modality, file: sound) == Document(
         (Segment("audio", sound), Segment("text", "hi")))
 
 
@@ -187,7 +187,7 @@ def test_documents_of_every_layout():
 ])
 def test_bad_samples_say_why(members, reason):
     with pytest.raises(BadSample, match=reason) as caught:
-        document_of(sample(members))
+        codes_document(sample(members))
     assert (caught.value.key, caught.value.shard) == ("k", "s.tar")
 
 
@@ -205,7 +205,7 @@ def test_codes_are_the_same_documents(raw, tmp_path, tokenizers):
         assert read_header(codes)["tokenizers"] == tokenizers.hash and read_header(shard) is None
         for before, after in zip(read_shard(shard), read_shard(codes, tokenizers.hash), strict=True):
             assert before.key == after.key
-            assert document_of(before, tokenizers.encode_media) == document_of(after)
+            assert codes_document(before, tokenizers.encode_media) == codes_document(after)
             assert not any(ending.endswith(("png", "jpg", "flac")) for ending in after.members)
             if before.key == "00000":  # other keys of the JSON stay
                 content = [image("0.image.npy"), text(TEXTS[0])]

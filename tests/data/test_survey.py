@@ -28,7 +28,7 @@ from tiny import tiny_tokenizers
 from onevocab.common.errors import UserError
 from onevocab.data import survey as page_of_shards
 from onevocab.data.codes import tokenize_shards
-from onevocab.data.documents import document_of
+from onevocab.data.documents import codes_document
 from onevocab.data.shards.format import codes_to_npy, list_shards, npy_to_codes, read_shard
 from onevocab.data.shards.writer import ShardWriter
 from onevocab.data.survey import page, survey
@@ -116,7 +116,7 @@ def test_raw_shards_are_counted_and_shown(raw):
 
 
 def test_tokens_are_those_of_training(raw, tmp_path, tokenizers):
-    documents = [document_of(s, tokenizers.encode_media) for shard in list_shards(raw) for s in read_shard(shard)]
+    documents = [codes_document(s, tokenizers.encode_media) for shard in list_shards(raw) for s in read_shard(shard)]
     ids = [tokenizers.encode(document).ids for document in documents]
     tokenize_shards(raw, tmp_path, tokenizers, progress=False)
     for folder in (raw, tmp_path):

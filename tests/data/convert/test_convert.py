@@ -25,7 +25,7 @@ from onevocab.data.convert.conversations import SHORT
 from onevocab.data.convert.corpora import pieces
 from onevocab.data.convert.formats import FORMATS
 from onevocab.data.convert.mapped import guess
-from onevocab.data.documents import turns_of
+from onevocab.data.documents import document_of
 from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.tokenizers.media import encode_audio
 
@@ -45,7 +45,7 @@ def said(out) -> list:
     found = []
     for shard in list_shards(out):
         for sample in read_shard(shard):
-            assert turns_of(sample)  # raises what training would
+            assert document_of(sample)  # raises what training would
         stages = webdataset.SimpleShardList([str(shard)]), webdataset.tarfile_to_samples()
         for sample in webdataset.DataPipeline(*stages):
             data = json.loads(sample["json"])

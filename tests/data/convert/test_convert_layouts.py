@@ -112,7 +112,7 @@ def test_addresses(tmp_path):
 def test_decoded_sounds():
     take, sound = MediaFolder(".").take, np.sin(np.arange(1600) / 9).tolist()
     for array, length in ((sound, 1600), ([sound, sound], 1600)):
-        medium, = take({"path": "gone.wav", "array": array, "sampling_rate": 16000})
+        (_, medium), = take({"path": "gone.wav", "array": array, "sampling_rate": 16000})
         samples, rate = soundfile.read(io.BytesIO(medium.content))
         assert medium.ending == "flac" and medium.reencoded and rate == 16000
         assert len(samples) == length and np.allclose(samples, sound, atol=1e-4)
