@@ -188,8 +188,8 @@ def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, by
                             f"[{modality}] to its configuration, or take these samples out")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            encoded = [codes_to_npy(codes, n_codes) for codes in tokenizers.encode_batch(modality, list(files.values()))]
-            result.update(zip(files, encoded, strict=True))
+            encoded = tokenizers.encode_batch(modality, list(files.values()))
+            result.update(zip(files, [codes_to_npy(codes, n_codes) for codes in encoded], strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
             for digest, file in files.items():
                 try:

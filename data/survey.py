@@ -25,9 +25,11 @@ from onevocab.data.shards.index import read_indexed
 from onevocab.data.shards.remote import default_cache, list_sources, shown
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import MediaFile, Segment
-from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
+from onevocab.tokenizers.media import encode_png
+from onevocab.tokenizers.modalities import MODALITIES
+from onevocab.tokenizers.modality import Modality, Preview
 
-SIDE, SECONDS, TEXT, PARTS = 256, 10, 2000, 40  # what is shown: pixels, seconds, characters, parts of a turn and turns
+TEXT, PARTS, COLUMNS = 2000, 40, 160  # what is shown: characters, parts of a turn and turns, columns of codes
 LISTED, PAGE_BYTES, MAX_CODE = 100, 48 << 20, 1 << 24  # rows of a table; media of a page; more than any codebook has
 
 
@@ -36,7 +38,7 @@ class Survey:
     """What `survey` found; of bad samples nothing but `bad`.
 
     shards: (path, samples read, bytes, whose codes it holds); counts: samples, turns, parts by modality, ...; shown:
-    (place, turns), a turn is (role, parts), a part (label, text, picture or (samples, rate) or None); lengths: what was
+    (place, turns), a turn is (role, parts), a part (label, text, Preview or None); lengths: what was
     measured -> its values; codes: modality -> how often each came, int64 (n,); ids: the same of the vocabulary's;
     samples, media: hash of the content -> where it is.
     """
@@ -104,16 +106,15 @@ def _look(summary: Survey, sample: Sample, tokenizers: Tokenizers | None, show: 
     summary.counts.update(f"parts: {segment.modality}" for segment in document.segments)
     summary.lengths["characters of text in a sample"].append(
         sum(len(segment.content) for segment in document.segments if segment.modality == "text"))
-    for modality, medium in ((value.modality, value.content) for value in opened.values()):
-        if isinstance(medium, np.ndarray):
+    for ending, (modality, medium) in ((ending, (value.modality, value.content)) for ending, value in opened.items()):
+        if files[ending].holds_codes:
             summary.lengths[f"codes of one {modality}"].append(medium.size)
             came, before = np.bincount(medium.reshape(-1)), summary.codes[modality]
             summary.codes[modality] = np.pad(before, (0, max(0, len(came) - len(before))))
             summary.codes[modality][: len(came)] += came
-        elif modality == "image":
-            summary.lengths["pixels of a picture's longer side"].append(max(medium.size))
         else:
-            summary.lengths["seconds of a sound"].append(len(medium[0]) / medium[1])
+            what, size = MODALITIES[modality].measure(medium)
+            summary.lengths[what].append(size)
     if ids is not None:
         summary.lengths["tokens of a sample"].append(len(ids))
         came = np.bincount(ids, minlength=tokenizers.vocab.size)
@@ -126,9 +127,9 @@ def _look(summary: Survey, sample: Sample, tokenizers: Tokenizers | None, show: 
 
 
 def _open(modality: str, file: MediaFile):
-    """A medium of a sample -> codes, an RGB picture, or (samples, rate). Raises what `read_media` takes for damage."""
+    """A medium of a sample -> codes, or the modality's value. Raises what `read_media` takes for damage."""
     if not file.holds_codes:
-        return load_image(file.content) if modality == "image" else load_audio(file.content)
+        return MODALITIES[modality].load(file.content)
     codes = npy_to_codes(file.content)
     if codes.max() >= MAX_CODE:
         raise ValueError(f"code {codes.max():,} is above those of any codebook")
@@ -145,35 +146,28 @@ def _ids(sample: Sample, files: dict[str, MediaFile], opened: dict[str, Segment]
         raise BadSample(sample.key, sample.shard, f"it cannot be encoded ({error})") from None
 
 
-def _part(segment: Segment, opened: dict[str, Segment], tokenizers: Tokenizers | None) -> tuple[str, str, object]:
-    """(label, text, what there is room for of a medium) of a segment; opened: by ending, what the files hold."""
+def _part(segment: Segment, opened: dict[str, Segment],
+          tokenizers: Tokenizers | None) -> tuple[str, str, Preview | None]:
+    """(label, text, what a page shows of a medium) of a segment; opened: by ending, what the files hold."""
     text = segment.content
     if segment.modality == "text":
         more = f" … {len(text) - TEXT:,} more characters" if len(text) > TEXT else ""
         return "", text[:TEXT] + more, None
-    ending = segment.content.ending
-    label, small = _small(opened[ending].content, segment.modality, tokenizers)
-    return f"{ending}: {label}", "", small
+    file = segment.content
+    medium, modality = opened[file.ending].content, MODALITIES[segment.modality]
+    shown = _codes_preview(medium, modality, tokenizers) if file.holds_codes else modality.preview(medium)
+    return f"{file.ending}: {shown.label}", "", shown
 
 
-def _small(medium, modality: str, tokenizers: Tokenizers | None) -> tuple[str, object]:
-    """(label, what there is room for: a picture or (samples, rate)). Codes are decoded where tokenizers are given; else
-    they are a grid of colours, one for each code, that of a sound with time to the right and low rows at the bottom."""
-    if isinstance(medium, np.ndarray):
-        label = " x ".join(map(str, medium.shape)) + " codes"
-        if tokenizers is None:
-            return label, _colours(medium if modality == "image" else medium.T[::-1])
-        if modality == "audio":
-            medium = medium[: max(1, round(SECONDS * tokenizers.media[modality].columns_per_second))]
-        decoded, small = _small(tokenizers.decode_media(modality, medium), modality, tokenizers)
-        return f"{label}, decoded: {decoded}", small
-    if isinstance(medium, Image.Image):
-        small = medium.copy()
-        small.thumbnail((SIDE, SIDE))
-        return f"{medium.width}x{medium.height}", small
-    samples, rate = medium
-    cut = f", the first {SECONDS} s" if len(samples) > SECONDS * rate else ""
-    return f"{len(samples) / rate:.1f} s at {rate:,} Hz{cut}", (np.array(samples[: SECONDS * rate]), rate)
+def _codes_preview(codes: np.ndarray, modality: Modality, tokenizers: Tokenizers | None) -> Preview:
+    """Codes are decoded where tokenizers are given; else they are a grid of colours, one for each code, that of an open
+    span with time to the right and low rows at the bottom."""
+    label = " x ".join(map(str, codes.shape)) + " codes"
+    if tokenizers is None:
+        picture = _colours(codes if modality.sized else codes.T[::-1])
+        return Preview(label, "image/png", encode_png(picture, level=9))
+    decoded = modality.preview(tokenizers.decode_media(modality.name, codes if modality.sized else codes[:COLUMNS]))
+    return decoded._replace(label=f"{label}, decoded: {decoded.label}")
 
 
 def _colours(codes: np.ndarray) -> Image.Image:
@@ -182,12 +176,10 @@ def _colours(codes: np.ndarray) -> Image.Image:
     return Image.fromarray(colours).resize((colours.shape[1] * 6, colours.shape[0] * 6), Image.Resampling.NEAREST)
 
 
-def _figure(small) -> str:
-    """A picture or a sound as an element that holds all of its data."""
-    if isinstance(small, Image.Image):
-        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(encode_png(small, level=9)).decode()}">'
-    data = base64.b64encode(encode_audio(*small, format="WAV")).decode()
-    return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+def _figure(shown: Preview) -> str:
+    """A preview as an element that holds all of its data."""
+    data = f"data:{shown.mime};base64,{base64.b64encode(shown.content).decode()}"
+    return f'<img alt="" src="{data}">' if shown.mime.startswith("image/") else f'<audio controls src="{data}"></audio>'
 
 
 CSS = """

@@ -166,11 +166,11 @@ def preview(sound: tuple[np.ndarray, int]) -> Preview:
     samples, rate = sound
     cut = f", the first {PREVIEW_SECONDS} s" if len(samples) > PREVIEW_SECONDS * rate else ""
     return Preview(f"{len(samples) / rate:.1f} s at {rate:,} Hz{cut}", "audio/wav",
-                   encode_audio(samples[: PREVIEW_SECONDS * rate], rate, "WAV"), "seconds of a sound",
-                   len(samples) / rate)
+                   encode_audio(samples[: PREVIEW_SECONDS * rate], rate, "WAV"))
 
 
 MODALITY = Modality(
     name="audio", plural="sounds", config=AudioConfig, tokenizer=AudioTokenizer, sized=False,
     value="a (samples, rate) pair", accepts=accepts, suffixes=AUDIO_SUFFIXES, shard_endings=("flac", "wav"),
-    load=load_audio, save=lambda sound: encode_audio(*sound, format="WAV"), preview=preview)
+    load=load_audio, save=lambda sound: encode_audio(*sound, format="WAV"), preview=preview,
+    measure=lambda sound: ("seconds of a sound", len(sound[0]) / sound[1]))

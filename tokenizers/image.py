@@ -98,11 +98,11 @@ class ImageTokenizer(GridAutoencoder):
 def preview(picture: Image.Image) -> Preview:
     small = picture.copy()
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-    return Preview(f"{picture.width}x{picture.height}", "image/png", encode_png(small, level=9),
-                   "pixels of a picture's longer side", max(picture.size))
+    return Preview(f"{picture.width}x{picture.height}", "image/png", encode_png(small, level=9))
 
 
 MODALITY = Modality(
     name="image", plural="pictures", config=ImageConfig, tokenizer=ImageTokenizer, sized=True, value="a PIL image",
     accepts=lambda value: isinstance(value, Image.Image), suffixes=IMAGE_SUFFIXES,
-    shard_endings=("png", "jpg", "jpeg", "webp"), load=load_image, save=encode_png, preview=preview)
+    shard_endings=("png", "jpg", "jpeg", "webp"), load=load_image, save=encode_png, preview=preview,
+    measure=lambda picture: ("pixels of a picture's longer side", max(picture.size)))

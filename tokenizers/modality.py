@@ -15,14 +15,11 @@ from torch import Tensor
 
 
 class Preview(NamedTuple):
-    """A value made small enough for a page. label: what it is, in words; mime, content: a file that browsers show;
-    measure, size: what its length is measured in, and how long it is."""
+    """A value made small enough for a page. label: what it is, in words; mime, content: a file that browsers show."""
 
     label: str
     mime: str
     content: bytes
-    measure: str
-    size: float
 
 
 class MediaTokenizer(Protocol):
@@ -64,8 +61,9 @@ class Modality:
     config: the section's model, `tokenizer(config)` makes the tokenizer; sized: whether its span of ids says height
     and width (a picture), or is open and ends with an id of its own (a sound); value: what its Python values are, in
     words; accepts: whether a Python value is one; suffixes: endings of files that people give, with the dot, the first
-    is the one that `save` writes; shard_endings: endings of shards' members, without the dot; load: path or bytes of a
-    file -> a value, checked; save: a value -> the bytes of a file; preview: a value -> what a page shows of it.
+    is the one that `save` writes; shard_endings: endings of shards' members, without the dot, never `npy`: those are
+    codes; load: path or bytes of a file -> a value, checked; save: a value -> the bytes of a file; preview: a value ->
+    what a page shows of it; measure: a value -> (what its length is measured in, how long it is).
     """
 
     name: str
@@ -80,3 +78,4 @@ class Modality:
     load: Callable[[object], object]
     save: Callable[[object], bytes]
     preview: Callable[[object], Preview]
+    measure: Callable[[object], tuple[str, float]]

@@ -176,7 +176,7 @@ def test_only_the_request_before_a_drawing_is_dropped(tmp_path, tokenizers):
 
 
 def test_batch_by_brute_force(codes, tokenizers):
-    vocab, weights = tokenizers.vocab, LossWeights(text=2.0, image=0.5, audio=3.0, seen=0.1)
+    vocab, weights = tokenizers.vocab, LossWeights(text=2.0, image=0.5, audio=3.0, context_weight=0.1)
     loader = PackedLoader(codes, tokenizers, CONFIG.model_copy(update={"loss": weights}))
     table = (weights.text, weights.image, weights.audio)
     useful = 0

@@ -31,7 +31,7 @@ def batches(loader, count: int) -> list:
 
 
 def equal(ours, theirs) -> bool:
-    return all(torch.equal(a.ids, b.ids) and torch.equal(a.weights, b.weights) for a, b in
+    return all(torch.equal(a.ids, b.ids) and torch.equal(a.loss_weights, b.loss_weights) for a, b in
                zip(ours, theirs, strict=True))
 
 

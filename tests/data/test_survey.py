@@ -32,6 +32,8 @@ from onevocab.data.documents import codes_document
 from onevocab.data.shards.format import codes_to_npy, list_shards, npy_to_codes, read_shard
 from onevocab.data.shards.writer import ShardWriter
 from onevocab.data.survey import page, survey
+from onevocab.tokenizers.audio import PREVIEW_SECONDS
+from onevocab.tokenizers.image import PREVIEW_SIDE
 from onevocab.tokenizers.media import encode_audio, load_audio, load_image
 
 VOID = ("meta", "img", "br")
@@ -248,7 +250,7 @@ def test_files_are_encoded_anew(tmp_path):
     assert not found.bad and not any(b"SECRET" in data for _, data in result.media)
     [shown] = [Image.open(io.BytesIO(data)) for kind, data in result.media if kind == "data:image/png"]
     [(samples, _)] = [soundfile.read(io.BytesIO(data)) for kind, data in result.media if kind == "data:audio/wav"]
-    assert max(shown.size) == page_of_shards.SIDE and len(samples) == 16_000 * page_of_shards.SECONDS
+    assert max(shown.size) == PREVIEW_SIDE and len(samples) == 16_000 * PREVIEW_SECONDS
     assert "300x200" in result.text and "12.0 s at 16,000 Hz, the first 10 s" in result.text
 
 
