@@ -197,7 +197,7 @@ def test_batch_by_brute_force(codes, tokenizers):
                     if i + 1 < len(ids):
                         modality = vocab.modality_of(ids[i + 1])
                         assert batch.targets[r, at] == ids[i + 1] and batch.modality[r, at] == modality
-                        expected = table[modality] * (1.0 if loss[i + 1] else weights.seen)
+                        expected = table[modality] * (1.0 if loss[i + 1] else weights.context_weight)
                         assert batch.loss_weights[r, at].item() == pytest.approx(expected)
                     else:
                         assert batch.loss_weights[r, at] == 0
