@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from onevocab.kernels.attention import IntervalMask, attention
@@ -45,13 +46,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        q, k, v = (rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim) for project in projections)
         q = qk_norm_rope(q, self.q_norm.weight, cos, sin, self.eps)
         k = qk_norm_rope(k, self.k_norm.weight, cos, sin, self.eps)
         if store is not None:
             k, v = store(self.layer, k, v)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
 
 
 class MLP(nn.Module):

@@ -22,10 +22,11 @@ MARKS = re.compile(r"[^\w\s\x00-\x7f]{1000,}")
 
 
 class TextConfig(BaseModel):
-    """[text]: vocab_size: ids asked for, 256 bytes included. A small text yields fewer; the real number counts."""
+    """[text]"""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    vocab_size: int = Field(default=1024, ge=257, le=1_000_000)
+    vocab_size: int = Field(1024, ge=257, le=1_000_000, description="ids asked for, 256 bytes included; a small text "
+                            "yields fewer, and their real number counts")
 
 
 class TextTokenizer:

@@ -7,6 +7,7 @@ semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1
 from collections import defaultdict
 
 import torch
+from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,18 +18,21 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class OptimizerConfig(BaseModel):
-    """Learning rates are peaks: a schedule multiplies both."""
+    """Muon for hidden matrices, AdamW for the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matrix_lr: float = Field(0.02, gt=0, description="Muon's, for hidden matrices")
-    other_lr: float = Field(4e-3, gt=0, description="AdamW's, for embedding, head and norms")
-    momentum: float = Field(0.95, ge=0, lt=1)
+    matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate, for hidden matrices; the schedule "
+                             "multiplies it")
+    other_lr: float = Field(4e-3, gt=0, description="AdamW's peak learning rate, for embedding, head and norms; the "
+                            "schedule multiplies it")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
                            "afterwards; 0: none is kept")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the mean of gradients, and of their "
+                                       "squares")
+    eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the squares")
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -107,14 +111,18 @@ def orthogonalise_shared(matrices: Tensor) -> Tensor:
 def orthogonalise_shards(shards: Tensor, rows: int) -> Tensor:
     """This rank's rows of matrices, (count, some, n), of `rows` in all, shared out as FSDP2 does it -> the same rows of
     `orthogonalise`. Two exchanges: matrices to their owners and back."""
-    count, own, columns = shards.shape
+    count, own, _ = shards.shape
     world = distributed.world()
     most, share = -(-rows // world), -(-count // world)
     padded = _padded(_padded(shards, 1, most), 0, share * world)
-    parts = distributed.all_to_all(padded.view(world, share, most, columns))  # now: (rows' rank, my matrices, ...)
-    whole = orthogonalise(parts.transpose(0, 1).reshape(share, world * most, columns)[:, :rows])
-    parts = _padded(whole, 1, world * most).view(share, world, most, columns).transpose(0, 1)
-    return distributed.all_to_all(parts.contiguous()).view(-1, most, columns)[:count, :own]
+    # owner: the rank that orthogonalises a matrix; holder: the rank that has these rows of it.
+    parts = rearrange(padded, "(owner share) rows columns -> owner share rows columns", owner=world)
+    parts = distributed.all_to_all(parts)  # now the first axis is the holder, and the matrices are mine
+    whole = orthogonalise(rearrange(parts, "holder share rows columns -> share (holder rows) columns")[:, :rows])
+    parts = rearrange(_padded(whole, 1, world * most), "share (holder rows) columns -> holder share rows columns",
+                      holder=world)
+    parts = distributed.all_to_all(parts.contiguous())
+    return rearrange(parts, "owner share rows columns -> (owner share) rows columns")[:count, :own]
 
 
 def _padded(x: Tensor, axis: int, size: int) -> Tensor:

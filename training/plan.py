@@ -17,14 +17,13 @@ PROBE = (2, 128)  # rows and tokens of the batch that the activations are measur
 
 
 class PlanConfig(BaseModel):
-    """What `--plan` supposes. flops: a device's, in FLOP/s (0: `device_flops`); watts: a device's and its share of the
-    rest (0: no energy)."""
+    """What `--plan` supposes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    devices: int = Field(default=1, ge=1)
-    mfu: float = Field(default=0.4, gt=0, le=1)
-    flops: float = Field(default=0.0, ge=0)
-    watts: float = Field(default=0.0, ge=0)
+    devices: int = Field(1, ge=1, description="number of devices, one for each rank")
+    mfu: float = Field(0.4, gt=0, le=1, description="part of a device's FLOP/s that training reaches")
+    flops: float = Field(0.0, ge=0, description="FLOP/s of a device (0: device_flops, or what is measured here)")
+    watts: float = Field(0.0, ge=0, description="power of a device and its share of the rest (0: energy is not said)")
 
 
 @dataclass(frozen=True)
