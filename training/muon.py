@@ -36,7 +36,7 @@ class OptimizerConfig(BaseModel):
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """matrices (..., m, n), m <= n is fastest -> about U V^T of each one's U S V^T: singular values in 0.7 .. 1.2."""
+    """(..., m, n) -> about U V^T of each matrix's U S V^T: singular values in 0.7 .. 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -52,20 +52,21 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape are one
-    batch of matmuls.
+    """Muon for named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape
+    are orthogonalised as one batch.
 
-    The ranks share the work: a matrix is orthogonalised by one of them, which has all of it. Under DDP they have the
-    same gradients; parameters that FSDP2 has sharded by rows have sharded momenta too, and are put together for this.
+    The ranks share the work: each matrix is orthogonalised, whole, by one of them. Under DDP all ranks have the same
+    gradients, so only results are exchanged; parameters that FSDP2 has sharded by rows have sharded momenta too, which
+    are sent to the matrix's rank first.
     """
 
     def __init__(self, named: Named, lr: float, momentum: float, weight_decay: float):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.dtype: torch.dtype | None = None  # of the iteration; None: that of the momentum
+        self.dtype: torch.dtype | None = None  # in which `orthogonalise` iterates; None: the momentum's
         self.names, self.parameters = zip(*named, strict=True)
         self.momenta = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32),
                                          memory_format=torch.contiguous_format) for p in self.parameters]
-        self.groups = defaultdict(list)  # of each shape: which parameters
+        self.groups = defaultdict(list)  # (rows, columns) -> indices of its parameters
         for index, (name, parameter) in enumerate(named):
             if parameter.dim() < 2:
                 raise ValueError(f"Muon is for matrices; {name} has shape {tuple(parameter.shape)}")
@@ -97,8 +98,8 @@ class Muon:
 
 
 def orthogonalise_shared(matrices: Tensor) -> Tensor:
-    """(count, m, n), the same on all ranks -> `orthogonalise` of it, each matrix computed by one rank: the same bits
-    everywhere, whatever the machines."""
+    """`orthogonalise` of matrices (count, m, n) that are the same on all ranks. Each is computed by one rank, so that
+    all have the same bits, whatever their machines."""
     count, world = len(matrices), distributed.world()
     if world == 1:
         return orthogonalise(matrices)
@@ -109,8 +110,8 @@ def orthogonalise_shared(matrices: Tensor) -> Tensor:
 
 
 def orthogonalise_shards(shards: Tensor, rows: int) -> Tensor:
-    """This rank's rows of matrices, (count, some, n), of `rows` in all, shared out as FSDP2 does it -> the same rows of
-    `orthogonalise`. Two exchanges: matrices to their owners and back."""
+    """`orthogonalise` of matrices (count, rows, n), of which this rank has some rows, as FSDP2 shares them out: shards
+    (count, some, n). Returns the same rows of the result. Exchanges twice: matrices to their owners and back."""
     count, own, _ = shards.shape
     world = distributed.world()
     most, share = -(-rows // world), -(-count // world)
@@ -126,6 +127,7 @@ def orthogonalise_shards(shards: Tensor, rows: int) -> Tensor:
 
 
 def _padded(x: Tensor, axis: int, size: int) -> Tensor:
+    """x with zeros up to `size` along an axis."""
     shape = list(x.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([x, x.new_zeros(shape)], axis) if shape[axis] else x
@@ -173,7 +175,7 @@ class Average:
 
 
 class Optimizers:
-    """Several optimisers that step together, and an average of the weights if one is wanted. Their state is flat
+    """Several optimisers that step together, and perhaps an average of the weights. Their state is a flat dictionary of
     tensors, which a checkpoint fills in place: nothing needs to be pickled."""
 
     def __init__(self, members: dict[str, Muon | AdamW], average: Average | None = None):
@@ -214,8 +216,8 @@ def assign(model: nn.Module) -> tuple[Named, Named]:
 
 
 def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
-    """What the optimisers' state takes: a momentum for each number of a matrix, two moments for the others (and a count
-    each), the average. The model may be on `meta`."""
+    """Bytes of the optimisers' state: a momentum for each number of a matrix, two moments for the others (and a count
+    of steps for each tensor), and the average. The model may be on `meta`."""
     matrices, rest = assign(model)
     averaged = 4 * sum(p.numel() for p in model.parameters()) if config.ema_decay else 0
     return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged
