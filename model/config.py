@@ -9,13 +9,13 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dim: int = Field(128, gt=0, description="width of the residual stream")
-    layers: int = Field(5, gt=0)
+    layers: int = Field(5, gt=0, description="number of layers")
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int = Field(2, gt=0, description="key and value heads; a divisor of heads")
     head_dim: int = Field(32, gt=0, description="width of one head; heads * head_dim need not be dim")
-    mlp_dim: int = Field(384, gt=0)
-    rope_theta: float = Field(1e4, gt=1)
-    norm_eps: float = Field(1e-6, gt=0)
+    mlp_dim: int = Field(384, gt=0, description="width between the matrices of a layer's MLP")
+    rope_theta: float = Field(1e4, gt=1, description="base of the rotary frequencies; larger for longer sequences")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in every RMSNorm")
     tie_embeddings: bool = Field(True, description="one matrix is both the embedding and the head")
     max_length: int = Field(1024, gt=0, description="longest sequence, in tokens")
 
@@ -29,10 +29,11 @@ class ModelConfig(BaseModel):
 
 
 class ModelSection(ModelConfig):
-    """[model]: a shape, or `init`, a Hugging Face Qwen3 folder, which has one. A path is no part of the shape."""
+    """[model]: a shape, or `init`, which has one."""
 
-    init: str | None = None
+    init: str | None = Field(None, description="a Hugging Face Qwen3 folder, whose shape and weights are the start")
 
     @property
     def shape(self) -> ModelConfig:
+        """Without the path, which is no part of it."""
         return ModelConfig(**self.model_dump(exclude={"init"}))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from onevocab.kernels.attention import IntervalMask, attention
@@ -45,13 +46,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: IntervalMask, store=None) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        q, k, v = (rearrange(project(x), "b s (h d) -> b s h d", d=self.head_dim) for project in projections)
         q = qk_norm_rope(q, self.q_norm.weight, cos, sin, self.eps)
         k = qk_norm_rope(k, self.k_norm.weight, cos, sin, self.eps)
         if store is not None:
             k, v = store(self.layer, k, v)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
 
 
 class MLP(nn.Module):
@@ -82,7 +83,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Ids in, hidden states out; `logits`, or `linear_cross_entropy` with `head_weight`, does the rest.
 
-    old_rows: how many rows of the vocabulary were there before this training began; 0: it began with none.
+    old_rows: how many rows of the vocabulary came with the weights that training started from; 0: it started from none.
     """
 
     old_rows = 0
@@ -97,8 +98,8 @@ class Decoder(nn.Module):
         self.initialise()
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Matrices that read the residual stream keep its scale; those that write to it start small, so that at
-        first a layer sees the embeddings; these are small enough for near-uniform predictions."""
+        """Random weights. Matrices that read the residual stream keep its scale; those that write to it start small, so
+        that a layer first sees little but the embeddings; these are small enough for near-uniform predictions."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() < 2:
@@ -122,9 +123,9 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def flops(self, tokens: float, keys: float) -> float:
-        """Of a forward and a backward pass over `tokens` that together see `keys`: 6 for each number in a matrix, a
-        tied head once and a table that is only looked up not at all, 12 for each visible key, head and width of a
-        layer (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
+        """FLOPs of a forward and a backward pass over `tokens` that together see `keys`. For each token 6 a number of
+        a matrix (a tied head once, a table that is only looked up not at all); for each visible key 12 * heads *
+        head_dim a layer (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
         looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
         matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1) - looked_up
         width = self.config.layers * self.config.heads * self.config.head_dim

@@ -18,7 +18,7 @@ from onevocab.common.files import read_json
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 
-# Ours -> theirs, and what transformers assumes where a file does not say.
+# Our name -> (their name, what transformers assumes where the file has no such key).
 KEYS = {"dim": ("hidden_size", None), "layers": ("num_hidden_layers", None), "heads": ("num_attention_heads", None),
         "kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", 128),
         "mlp_dim": ("intermediate_size", None), "rope_theta": ("rope_theta", 1e4), "norm_eps": ("rms_norm_eps", 1e-6),
@@ -38,7 +38,7 @@ def read_shape(folder) -> tuple[ModelConfig, int]:
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     windowed = data.get("use_sliding_window") and data.get("sliding_window") is not None
     layer_types = data.get("layer_types") or []
-    supported = {  # what it must say, and what counts where it says nothing
+    supported = {  # key -> whether its value, or transformers' default, is one that the decoder computes
         "model_type": data.get("model_type") == "qwen3",
         "hidden_act": data.get("hidden_act", "silu") == "silu",
         "attention_bias": not data.get("attention_bias"),
@@ -113,13 +113,13 @@ def weight_files(folder) -> list[Path]:
 def check_weights(folder, config: ModelConfig, rows: int) -> None:
     """Compares names, shapes and types with the configuration, from the files' headers alone. Raises UserError that
     names the file and the key."""
-    found: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}  # of each weight
     for path, names, _ in _opened(folder):
         for name in names:
-            if name in found:
-                raise UserError(f"{path}: {name} is in {found[name].name} too")
-            found[name] = path
-    layers = {int(m[1]) for name in found if (m := re.match(r"layers\.(\d{1,6})\.", name))}
+            if name in file_of:
+                raise UserError(f"{path}: {name} is in {file_of[name].name} too")
+            file_of[name] = path
+    layers = {int(m[1]) for name in file_of if (m := re.match(r"layers\.(\d{1,6})\.", name))}
     if len(layers) != config.layers:  # before a network of that many is made
         raise UserError(f"{folder}: config.json says num_hidden_layers = {config.layers}, the weights have "
                         f"{len(layers)}")
@@ -133,7 +133,7 @@ def check_weights(folder, config: ModelConfig, rows: int) -> None:
                                 f"{wanted.get(name, 'not there')}")
             if part.get_dtype() not in DTYPES:
                 raise UserError(f"{path}: {_theirs(name)} is {part.get_dtype()}; {', '.join(DTYPES)} are supported")
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(wanted.keys() - file_of.keys()):
         raise UserError(f"{folder}: {_theirs(missing[0])} is in none of the weights' files")
 
 

@@ -22,10 +22,11 @@ MARKS = re.compile(r"[^\w\s\x00-\x7f]{1000,}")
 
 
 class TextConfig(BaseModel):
-    """[text]: vocab_size: ids asked for, 256 bytes included. A small text yields fewer; the real number counts."""
+    """[text]"""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    vocab_size: int = Field(default=1024, ge=257, le=1_000_000)
+    vocab_size: int = Field(1024, ge=257, le=1_000_000, description="ids asked for, 256 bytes included; a small text "
+                            "yields fewer, and their real number counts")
 
 
 class TextTokenizer:
@@ -77,9 +78,9 @@ class TextTokenizer:
 
     def to_json(self) -> dict:
         pieces = [self.pieces.get(id) for id in range(self.stop)]
-        found = {"pattern": self.pattern, "pieces": [piece and base64.b64encode(piece).decode() for piece in pieces]}
-        # Only what is not usual: the hash of an older run's tokenizers stays.
-        return found | ({"size": self.size} if self.size > self.stop else {}) | ({"nfc": True} if self.nfc else {})
+        data = {"pattern": self.pattern, "pieces": [piece and base64.b64encode(piece).decode() for piece in pieces]}
+        # Defaults are left out: the hash of an older run's tokenizers stays.
+        return data | ({"size": self.size} if self.size > self.stop else {}) | ({"nfc": True} if self.nfc else {})
 
     @staticmethod
     def from_json(data: dict) -> "TextTokenizer":
@@ -113,13 +114,13 @@ def _nfc(text: str) -> str:
     """Unicode's form NFC (UAX #15), in about linear time: long runs of marks are brought into their canonical order,
     sorted by combining class, beforehand."""
     def ordered(match: re.Match) -> str:
-        found, marks = [], []
+        parts, marks = [], []
         for character in match[0]:
             if unicodedata.combining(character):
                 marks += unicodedata.normalize("NFD", character)
             else:
-                found += [*sorted(marks, key=unicodedata.combining), character]
+                parts += [*sorted(marks, key=unicodedata.combining), character]
                 marks = []
-        return "".join(found + sorted(marks, key=unicodedata.combining))
+        return "".join(parts + sorted(marks, key=unicodedata.combining))
 
     return unicodedata.normalize("NFC", MARKS.sub(ordered, text))

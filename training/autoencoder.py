@@ -23,7 +23,8 @@ def train_autoencoder(
     model: nn.Module, sample: Callable[[torch.Generator], Tensor], steps: int, learning_rate: float, folder,
     log: MetricsLog, stage: str, seed: int,
 ) -> None:
-    """Trains `model(x, quantize) -> (loss, logs)`, first without its quantizer, which k-means then starts.
+    """Trains `model(x, quantize) -> (loss, logs)`, the first quarter without its quantizer, whose codebook then starts
+    from the latents.
 
     sample: generator, the same on every rank -> this rank's part of a batch, (B, channels, H, W). Continues from the
     newest checkpoint of `folder`. Raises Stopped after a signal, UserError when the loss is not finite.
@@ -31,12 +32,12 @@ def train_autoencoder(
     device = next(model.parameters()).device
     optimizers = build_optimizers(model, OptimizerConfig(matrix_lr=learning_rate * 5, other_lr=learning_rate))
     schedule = ScheduleConfig(kind="wsd", warmup=0.02, decay=0.5, floor=0.02)
-    found = checkpoint.load_latest(folder, model, optimizers)
-    start = found.step if found else 0
-    if found:
-        found.report_damage()
+    resumed = checkpoint.load_latest(folder, model, optimizers)
+    start = resumed.step if resumed else 0
+    if resumed:
+        resumed.report_damage()
     # Kept on resume, so that a run ends the same wherever it was cut.
-    precision = found.state["precision"] if found else distributed.broadcast(select_precision("auto", device))
+    precision = resumed.state["precision"] if resumed else distributed.broadcast(select_precision("auto", device))
     optimizers.iterate_in(getattr(torch, precision))
     distributed.all_or_raise(lambda: log.cut_back(stage, start))
     # No find_unused_parameters: every parameter takes part, with the quantizer or without.

@@ -132,8 +132,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def all_or_raise(work: Callable[[], T]) -> T:
-    """work() on every rank, or UserError on every rank when it raised one (or OSError) on any: nobody waits for a rank
-    that has given up."""
+    """Calls work() on every rank and returns its result. When it raises UserError or OSError on any rank, raises
+    UserError on all of them: nobody waits for a rank that has given up."""
     result, error = None, None
     try:
         result = work()
@@ -146,7 +146,8 @@ def all_or_raise(work: Callable[[], T]) -> T:
 
 @cache
 def cpu_group() -> dist.ProcessGroup | None:
-    """A gloo group beside the usual one, for what a background thread exchanges. All ranks must ask at once."""
+    """A gloo group of its own for a background thread's collectives; None on one rank. The first call is a collective:
+    all ranks make it together."""
     return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if dist.is_initialized() else None
 
 

@@ -1,4 +1,4 @@
-"""What may befall a run from outside: it is asked to stop, or it stands still."""
+"""Signals and stalls: a run that is asked to stop, or that stands still; and the lock on its folder."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ class Stopped(Exception):
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """The only training of a folder, on its first rank: two would mix their checkpoints. Raises UserError when there is
-    another; one that was just killed has ten seconds to be gone."""
+    """Held by rank 0 while it trains in `folder`: two trainings would mix their checkpoints. Raises UserError when
+    another process still holds it after ten seconds, which one that was just killed has to end."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         for _ in range(100):
@@ -55,10 +55,10 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends the process when nothing happens for `seconds`: data that do not come, a rank that is gone.
+    """Ends the process when it waits longer than `seconds` for one thing: data that do not come, a rank that is gone.
 
-    A thread, because whoever waits cannot look at the clock. It says what was waited for and exits with code 3, so that
-    `torchrun --max-restarts` starts all ranks anew from the last checkpoint. seconds 0: it never does.
+    A thread, because the main one is blocked while it waits. It prints what was waited for and exits with code STALLED,
+    so that `torchrun --max-restarts` starts all ranks anew from the last checkpoint. seconds 0: never.
     """
 
     def __init__(self, seconds: float, stage: str, rank: int = 0):
@@ -75,8 +75,8 @@ class Watchdog:
         self._over.set()
 
     def waits_for(self, what: str, step: int) -> None:
-        """To be called before everything that may take long; what: "data", "the other ranks' data",
-        "the update", "the checkpoint"."""
+        """Call it before everything that may take long: the clock starts anew. what: for the message, e.g. "data",
+        "the other ranks' data", "the update", "the checkpoint"."""
         self._what, self._step, self._since = what, step, time.monotonic()
 
     def _watch(self) -> None:

@@ -20,15 +20,16 @@ from onevocab.training.parallel import exchange, replicate, shard
 from onevocab.training.precision import autocast, select_precision
 from onevocab.training.schedule import multiplier
 
-WATCHED = 256  # tokens whose log(Z) is looked at
+WATCHED = 256  # tokens of a batch whose log(Z) is computed
 
 
 class NextTokenLoss(nn.Module):
-    """decoder: ids (B, S), positions (B, S), IntervalMask -> hidden (B, S, dim), with `norm`, the last one, and
-    `head_weight` (V, dim).
+    """The loss of a decoder, which maps ids (B, S), positions (B, S) and an IntervalMask to hidden states (B, S, dim),
+    and has `norm`, its last one, and `head_weight` (V, dim).
 
-    While `watch` is on, `signals` holds what tells early that a run will diverge (Chameleon, 2024): `output_norm`, the
-    root mean square of what enters the last norm, and `z`, the mean of log(Z) over some tokens that count.
+    While `watch` is on, a forward pass sets two `signals` that rise early when a run is about to diverge (Chameleon,
+    2024): `output_norm`, the root mean square of what enters the last norm, and `z`, the mean of log(Z) over the first
+    WATCHED tokens with a weight.
     """
 
     def __init__(self, decoder: nn.Module, z_loss: float):
@@ -42,7 +43,7 @@ class NextTokenLoss(nn.Module):
             self.signals["output_norm"] = inputs[0].detach().float().square().mean().sqrt()
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
-        """-> (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is)."""
+        """Returns (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is 0)."""
         hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document_ids)).flatten(0, 1)
         head, weights = self.decoder.head_weight, batch.loss_weights.flatten()
         if self.watch:
@@ -77,15 +78,15 @@ def backward(
 
 
 def keep_new_rows(decoder: nn.Module) -> None:
-    """Of all gradients leaves only those of the vocabulary's rows (`decoder.row_parameters`) that were not there when
-    its training began (from `decoder.old_rows` on)."""
+    """Clears all gradients but those of the vocabulary's new rows: of the parameters `decoder.row_parameters`, the rows
+    from `decoder.old_rows` on."""
     for name, parameter in decoder.named_parameters():
         if name not in decoder.row_parameters:
             parameter.grad = None
         elif parameter.grad is not None:
             rows = distributed.local(parameter.grad)
-            here = rows is not parameter.grad  # FSDP2's parts: as many rows on each rank, the last ones fewer
-            first = distributed.rank() * -(-len(parameter) // distributed.world()) if here else 0
+            sharded = rows is not parameter.grad  # by FSDP2: as many rows on each rank, fewer on the last ones
+            first = distributed.rank() * -(-len(parameter) // distributed.world()) if sharded else 0
             rows[: max(0, decoder.old_rows - first)] = 0
 
 
@@ -101,21 +102,22 @@ def train_language(
     """
     if distributed.is_main():
         checkpoint.sweep(folder)
-    found = checkpoint.find(folder)
-    start = found.step if found else 0
+    resumed = checkpoint.find(folder)
+    start = resumed.step if resumed else 0
     # Agreed on by all ranks, and kept on resume, so that a run ends the same wherever it was cut.
-    precision = found.state["precision"] if found else distributed.broadcast(select_precision(config.precision, device))
+    precision = (resumed.state["precision"] if resumed
+                 else distributed.broadcast(select_precision(config.precision, device)))
     peak = peak_flops(precision) if peak_flops else 0.0
     decoder.train()
     module = NextTokenLoss(decoder, config.z_loss)
     shard(module, decoder.layers, config, device)
     optimizers = build_optimizers(decoder, config.optimizer)
     totals = Totals(modalities, device)
-    if found:
-        found.report_damage()
-        checkpoint.restore(found, decoder, optimizers)
-        distributed.all_or_raise(lambda: loader.load_state_dict(found.state["loader"]))
-        totals.load(found.state["unreported"])
+    if resumed:
+        resumed.report_damage()
+        checkpoint.restore(resumed, decoder, optimizers)
+        distributed.all_or_raise(lambda: loader.load_state_dict(resumed.state["loader"]))
+        totals.load(resumed.state["unreported"])
     model = replicate(module)
     distributed.all_or_raise(lambda: log.cut_back(stage, start))
     saver = checkpoint.Saver(folder, background=config.background_save == "on" or (
@@ -134,8 +136,8 @@ def train_language(
         return batch
 
     bad, saved, waited, began = 0, start, 0.0, time.perf_counter()
-    if found:  # since the last report, as what `totals` has
-        waited, began = found.state["waited"], began - found.state["seconds"]
+    if resumed:  # the seconds since the last report go on, as the sums of `totals` do
+        waited, began = resumed.state["waited"], began - resumed.state["seconds"]
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
     with StopSignal() as stop, watchdog, saver, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):

@@ -50,11 +50,11 @@ class Totals:
         return values
 
     def gathered(self) -> list:
-        """What every rank has, for `load`."""
+        """The sums of every rank, for `load`; all ranks call it."""
         return distributed.gather(self.sums.tolist())
 
     def load(self, gathered: list) -> None:
-        """Of another number of ranks: together they are the same."""
+        """Adds what `gathered` returned. On another number of ranks rank 0 takes it all: the sum over ranks stays."""
         parts = torch.tensor(gathered, device=self.sums.device, dtype=self.sums.dtype)
         same_ranks = len(parts) == distributed.world()
         self.sums += parts[distributed.rank()] if same_ranks else parts.sum(0) * distributed.is_main()
@@ -64,7 +64,7 @@ class MetricsLog:
     """Appends JSON lines {"stage", "step", ...} to a file; active on one rank only (path None: does nothing).
 
     wandb: a project's name, or None; its files lie beside the log, also with WANDB_MODE=offline. wandb can never stop a
-    run: whatever it raises is said once, then it is left out. Lines that the disk does not take are said, too, and
+    run: its first error is printed, then it is left out. Lines that the disk does not take are reported too, and
     written with the next ones.
     """
 
@@ -98,18 +98,19 @@ class MetricsLog:
             self._waiting = ""
         except OSError as error:
             print(f"{self.path} cannot be written, its newest lines wait: {error.strerror}", file=sys.stderr)
-            with suppress(OSError):  # what it took of them
+            with suppress(OSError):  # the part of them that was written
                 if size is not None:
                     os.truncate(self.path, size)
 
     def sync(self) -> None:
-        """To the disk, as a checkpoint of the same steps: lines before it do not come again."""
+        """Waits until the disk has all lines. Called before a checkpoint: a run that resumes from it does not write the
+        lines before it again."""
         if self.path is not None and self.path.exists():
             with suppress(OSError):
                 sync(self.path)
 
     def close(self) -> None:
-        """Writes what waits, or says how much is lost, and lets wandb send what it still has."""
+        """Writes the lines that wait, or prints how many are lost; lets wandb send its own."""
         if self._waiting:
             self._write_waiting()
         if self._waiting:
@@ -144,7 +145,7 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
-# What stands together in a picture: title, names of values, whether on a logarithmic scale.
+# The panels of a picture of curves: title, pattern of the names drawn in it, whether on a logarithmic scale.
 PANELS = [
     ("loss (nats a token)", r"loss(_\w+)?", True),
     ("gradient norm", r"gradient_norm", True),
@@ -160,17 +161,17 @@ def curves(lines: list[dict], stage: str) -> bytes | None:
 
     lines = [line for line in lines if line.get("stage") == stage]
     names = {name for line in lines for name in line}
-    drawn = [(title, found, log) for title, pattern, log in PANELS
-             if (found := sorted(name for name in names if re.fullmatch(pattern, name)))]
+    drawn = [(title, members, log) for title, pattern, log in PANELS
+             if (members := sorted(name for name in names if re.fullmatch(pattern, name)))]
     if not any(re.fullmatch(PANELS[0][1], name) for name in names):
         return None
     columns = min(len(drawn), 2)
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(6 * columns, 3.5 * rows), dpi=110, layout="constrained")
     figure.suptitle(stage)
-    for place, (title, found, log) in enumerate(drawn, 1):
+    for place, (title, members, log) in enumerate(drawn, 1):
         axes = figure.add_subplot(rows, columns, place)
-        for name in found:
+        for name in members:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             axes.plot(*zip(*points, strict=True), label=re.sub("^(loss|tokens_per_second)_", "", name), linewidth=1.2)
         axes.set(title=title, xlabel="step", yscale="log" if log else "linear")
@@ -182,7 +183,7 @@ def curves(lines: list[dict], stage: str) -> bytes | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory so far in bytes: of torch's allocator on a GPU, of this process on a CPU."""
+    """Peak memory so far in bytes: of torch's allocator on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

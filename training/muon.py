@@ -7,6 +7,7 @@ semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1
 from collections import defaultdict
 
 import torch
+from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,22 +18,25 @@ Named = list[tuple[str, nn.Parameter]]
 
 
 class OptimizerConfig(BaseModel):
-    """Learning rates are peaks: a schedule multiplies both."""
+    """Muon for hidden matrices, AdamW for the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    matrix_lr: float = Field(0.02, gt=0, description="Muon's, for hidden matrices")
-    other_lr: float = Field(4e-3, gt=0, description="AdamW's, for embedding, head and norms")
-    momentum: float = Field(0.95, ge=0, lt=1)
+    matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate, for hidden matrices; the schedule "
+                             "multiplies it")
+    other_lr: float = Field(4e-3, gt=0, description="AdamW's peak learning rate, for embedding, head and norms; the "
+                            "schedule multiplies it")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
     ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
                            "afterwards; 0: none is kept")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the mean of gradients, and of their "
+                                       "squares")
+    eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the squares")
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """matrices (..., m, n), m <= n is fastest -> about U V^T of each one's U S V^T: singular values in 0.7 .. 1.2."""
+    """(..., m, n) -> about U V^T of each matrix's U S V^T: singular values in 0.7 .. 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -48,20 +52,21 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """For named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape are one
-    batch of matmuls.
+    """Muon for named matrices; a convolution's kernel counts as one, (first axis, all others). Matrices of one shape
+    are orthogonalised as one batch.
 
-    The ranks share the work: a matrix is orthogonalised by one of them, which has all of it. Under DDP they have the
-    same gradients; parameters that FSDP2 has sharded by rows have sharded momenta too, and are put together for this.
+    The ranks share the work: each matrix is orthogonalised, whole, by one of them. Under DDP all ranks have the same
+    gradients, so only results are exchanged; parameters that FSDP2 has sharded by rows have sharded momenta too, which
+    are sent to the matrix's rank first.
     """
 
     def __init__(self, named: Named, lr: float, momentum: float, weight_decay: float):
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.dtype: torch.dtype | None = None  # of the iteration; None: that of the momentum
+        self.dtype: torch.dtype | None = None  # in which `orthogonalise` iterates; None: the momentum's
         self.names, self.parameters = zip(*named, strict=True)
         self.momenta = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32),
                                          memory_format=torch.contiguous_format) for p in self.parameters]
-        self.groups = defaultdict(list)  # of each shape: which parameters
+        self.groups = defaultdict(list)  # (rows, columns) -> indices of its parameters
         for index, (name, parameter) in enumerate(named):
             if parameter.dim() < 2:
                 raise ValueError(f"Muon is for matrices; {name} has shape {tuple(parameter.shape)}")
@@ -93,8 +98,8 @@ class Muon:
 
 
 def orthogonalise_shared(matrices: Tensor) -> Tensor:
-    """(count, m, n), the same on all ranks -> `orthogonalise` of it, each matrix computed by one rank: the same bits
-    everywhere, whatever the machines."""
+    """`orthogonalise` of matrices (count, m, n) that are the same on all ranks. Each is computed by one rank, so that
+    all have the same bits, whatever their machines."""
     count, world = len(matrices), distributed.world()
     if world == 1:
         return orthogonalise(matrices)
@@ -105,19 +110,24 @@ def orthogonalise_shared(matrices: Tensor) -> Tensor:
 
 
 def orthogonalise_shards(shards: Tensor, rows: int) -> Tensor:
-    """This rank's rows of matrices, (count, some, n), of `rows` in all, shared out as FSDP2 does it -> the same rows of
-    `orthogonalise`. Two exchanges: matrices to their owners and back."""
-    count, own, columns = shards.shape
+    """`orthogonalise` of matrices (count, rows, n), of which this rank has some rows, as FSDP2 shares them out: shards
+    (count, some, n). Returns the same rows of the result. Exchanges twice: matrices to their owners and back."""
+    count, own, _ = shards.shape
     world = distributed.world()
     most, share = -(-rows // world), -(-count // world)
     padded = _padded(_padded(shards, 1, most), 0, share * world)
-    parts = distributed.all_to_all(padded.view(world, share, most, columns))  # now: (rows' rank, my matrices, ...)
-    whole = orthogonalise(parts.transpose(0, 1).reshape(share, world * most, columns)[:, :rows])
-    parts = _padded(whole, 1, world * most).view(share, world, most, columns).transpose(0, 1)
-    return distributed.all_to_all(parts.contiguous()).view(-1, most, columns)[:count, :own]
+    # owner: the rank that orthogonalises a matrix; holder: the rank that has these rows of it.
+    parts = rearrange(padded, "(owner share) rows columns -> owner share rows columns", owner=world)
+    parts = distributed.all_to_all(parts)  # now the first axis is the holder, and the matrices are mine
+    whole = orthogonalise(rearrange(parts, "holder share rows columns -> share (holder rows) columns")[:, :rows])
+    parts = rearrange(_padded(whole, 1, world * most), "share (holder rows) columns -> holder share rows columns",
+                      holder=world)
+    parts = distributed.all_to_all(parts.contiguous())
+    return rearrange(parts, "owner share rows columns -> (owner share) rows columns")[:count, :own]
 
 
 def _padded(x: Tensor, axis: int, size: int) -> Tensor:
+    """x with zeros up to `size` along an axis."""
     shape = list(x.shape)
     shape[axis] = size - shape[axis]
     return torch.cat([x, x.new_zeros(shape)], axis) if shape[axis] else x
@@ -165,7 +175,7 @@ class Average:
 
 
 class Optimizers:
-    """Several optimisers that step together, and an average of the weights if one is wanted. Their state is flat
+    """Several optimisers that step together, and perhaps an average of the weights. Their state is a flat dictionary of
     tensors, which a checkpoint fills in place: nothing needs to be pickled."""
 
     def __init__(self, members: dict[str, Muon | AdamW], average: Average | None = None):
@@ -206,8 +216,8 @@ def assign(model: nn.Module) -> tuple[Named, Named]:
 
 
 def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
-    """What the optimisers' state takes: a momentum for each number of a matrix, two moments for the others (and a count
-    each), the average. The model may be on `meta`."""
+    """Bytes of the optimisers' state: a momentum for each number of a matrix, two moments for the others (and a count
+    of steps for each tensor), and the average. The model may be on `meta`."""
     matrices, rest = assign(model)
     averaged = 4 * sum(p.numel() for p in model.parameters()) if config.ema_decay else 0
     return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged

@@ -35,13 +35,13 @@ def shard(model: nn.Module, layers: nn.ModuleList, config: TrainConfig, device: 
 
 
 def recompute_layers(layers: nn.ModuleList) -> None:
-    """Of each layer only the input is kept; the backward pass computes the rest again (Chen et al. 2016)."""
+    """Keeps only each layer's input for the backward pass, which computes the rest again (Chen et al. 2016)."""
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """Under DDP where there are several ranks and `shard` has not sharded it."""
+    """The model wrapped in DDP where there are several ranks and `shard` has not sharded it, else the model itself."""
     if distributed.world() == 1 or isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)  # else gradients are held twice
@@ -49,7 +49,7 @@ def replicate(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def exchange(model: nn.Module, now: bool):
-    """Whether a backward pass within exchanges gradients between ranks, or only adds them up here, as DDP can. FSDP2
+    """A backward pass within exchanges gradients between ranks if `now`, else DDP only adds them up on this rank. FSDP2
     always exchanges: each rank adds up its shards, and never holds whole gradients."""
     if now or not isinstance(model, DistributedDataParallel):
         yield

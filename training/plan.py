@@ -17,14 +17,13 @@ PROBE = (2, 128)  # rows and tokens of the batch that the activations are measur
 
 
 class PlanConfig(BaseModel):
-    """What `--plan` supposes. flops: a device's, in FLOP/s (0: `device_flops`); watts: a device's and its share of the
-    rest (0: no energy)."""
+    """What `--plan` supposes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    devices: int = Field(default=1, ge=1)
-    mfu: float = Field(default=0.4, gt=0, le=1)
-    flops: float = Field(default=0.0, ge=0)
-    watts: float = Field(default=0.0, ge=0)
+    devices: int = Field(1, ge=1, description="number of devices, one for each rank")
+    mfu: float = Field(0.4, gt=0, le=1, description="part of a device's FLOP/s that training reaches")
+    flops: float = Field(0.0, ge=0, description="FLOP/s of a device (0: device_flops, or what is measured here)")
+    watts: float = Field(0.0, ge=0, description="power of a device and its share of the rest (0: no energy is printed)")
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Plan:
 
 
 def saved_bytes(module: nn.Module, batch, precision: str) -> int:
-    """What autograd keeps for the backward pass of module(batch), parameters and their casts apart.
+    """Bytes that autograd keeps for the backward pass of module(batch), without the parameters.
 
-    A cast of a parameter is kept once, however many tokens there are; it is small beside its parameter.
+    Casts of parameters are counted: one of each, however many tokens there are.
     """
     kept: dict[int, Tensor] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
@@ -63,17 +62,17 @@ def saved_bytes(module: nn.Module, batch, precision: str) -> int:
 
 def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: int, precision: str,
                 recompute: bool = False) -> int:
-    """Bytes kept for the backward pass of `layers` layers over so many tokens, from what one layer and two keep.
+    """Bytes kept for the backward pass of `layers` layers over so many tokens, from what one layer and two layers keep
+    for a small batch and for a part of it. Exact where layers are alike.
 
-    make: number of layers -> the network with its loss, `decoder.layers` within it; batch: a small one that it takes,
-    (rows, tokens). Exact for layers that are alike; casts of weights, which do not grow with the tokens, are measured
-    apart. recompute: as training does it; the one layer that is computed again at a time comes on top.
+    make: number of layers -> the network with its loss, which has `decoder.layers`; batch: a small one, (rows, tokens).
+    recompute: as `activation_checkpointing` does it; the one layer that is computed again at a time is added.
     """
     def needed(n: int, recomputed: bool) -> tuple[float, float]:
-        """Bytes a token, and whatever their number."""
+        """(bytes a token, bytes that do not grow with the tokens: casts of weights)."""
         with torch.device("meta"):
             module = make(n)
-        module.to_empty(device="cpu")  # whatever the numbers are, as many are kept
+        module.to_empty(device="cpu")  # the values do not matter, only sizes
         if recomputed:
             recompute_layers(module.decoder.layers)
         few, many = (saved_bytes(module, part, precision) for part in small)
@@ -92,9 +91,9 @@ def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: in
 
 def plan(model: nn.Module, flops: float, kept: int, optimizer: OptimizerConfig, shards: int = 1,
          gathered: int = 0) -> Plan:
-    """model: on any device, `meta` too; flops: per token; kept: what `activations` says for a device's micro-batch;
-    shards: over how many devices FSDP2 shares weights, gradients and optimiser state; gathered: bytes of whole weights
-    that a device holds at a time."""
+    """model: on any device, `meta` too; flops: per token; kept: `activations` of a device's micro-batch; shards: number
+    of devices over which FSDP2 shards weights, gradients and optimiser state; gathered: bytes of whole weights that a
+    device holds at a time."""
     sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
     weights, state = sum(sizes), state_bytes(model, optimizer)
     return Plan(flops, weights // shards + gathered, weights // shards, state // shards, kept, weights + state)
@@ -111,7 +110,7 @@ def probe(batch_class: type, vocabulary: int) -> object:
 
 
 def si(value: float, unit: str = "", base: float = 1000) -> str:
-    """1.5 M, 157 MiB: three significant digits."""
+    """A number with a prefix, as "1.5 M" or "157 MiB" (base 1024): three significant digits."""
     prefixes = ("", "K", "M", "G", "T", "P", "E", "Z")
     step = 0
     while abs(value) >= base and step < len(prefixes) - 1:
@@ -122,8 +121,9 @@ def si(value: float, unit: str = "", base: float = 1000) -> str:
 
 def stage_lines(name: str, stage: TrainConfig, global_batch_size: int, seq_len: int, model: nn.Module,
                 make: Callable[[int], nn.Module], batch, supposed: PlanConfig, known_flops: float) -> list[str]:
-    """A stage's plan for people. model: on `meta`, with its `decoder`; make and batch: for `activations`; known_flops:
-    of a device, where `supposed` says nothing (0: measured here). Raises UserError when the rows do not divide."""
+    """A stage's plan as lines to print. model: on `meta`, with its `decoder`; make and batch: for `activations`;
+    known_flops: FLOP/s of a device where `supposed.flops` is 0 (0: measured here). Raises UserError when the rows of a
+    step do not divide over the devices."""
     devices, layers = supposed.devices, model.decoder.layers
     if global_batch_size % devices:
         raise UserError(f"{name}: global_batch_size = {global_batch_size} does not divide over {devices} devices; "

@@ -27,12 +27,12 @@ def device_flops(device: torch.device, precision: str) -> float:
 
 
 def _flops(rows: int, inner: int, columns: int, times: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The best of so many products."""
+    """FLOP/s of (rows, inner) @ (inner, columns): the best of `times` tries."""
     a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
     best = float("inf")
     for _ in range(times):
         began = time.perf_counter()
-        (a @ b)[0, 0].item()  # a GPU's are done when one is read
+        (a @ b)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - began)
     return 2 * rows * inner * columns / best
 

@@ -7,15 +7,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ScheduleConfig(BaseModel):
-    """Warm-up is linear. `wsd`: stable, then a linear decay over the last part (Hu et al. 2024, MiniCPM); `cosine`:
-    from the end of the warm-up to the end (Loshchilov and Hutter 2017); `constant`: no decay."""
+    """A linear warm-up, then what `kind` says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["wsd", "cosine", "constant"] = "wsd"
-    warmup: float = Field(0.02, ge=0, lt=1, description="part of all steps")
-    decay: float = Field(0.4, ge=0, le=1, description="part of all steps, for wsd")
-    floor: float = Field(0.0, ge=0, le=1, description="the multiplier at the end")
+    kind: Literal["wsd", "cosine", "constant"] = Field("wsd", description="wsd: stable, then a linear decay over the "
+                                                       "last part (Hu et al. 2024, MiniCPM); cosine: from the end of "
+                                                       "the warm-up to the end (Loshchilov and Hutter 2017); constant: "
+                                                       "no decay")
+    warmup: float = Field(0.02, ge=0, lt=1, description="length of the warm-up, as a part of all steps")
+    decay: float = Field(0.4, ge=0, le=1, description="length of wsd's decay, as a part of all steps")
+    floor: float = Field(0.0, ge=0, le=1, description="what the learning rates are multiplied by at the end")
 
     @model_validator(mode="after")
     def _fits(self):
