@@ -28,7 +28,7 @@ VERSION = 2  # of this file's training recipe: part of the cache's key
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees. background: a name or None; cells: four names or None, in the order of metrics.PLACES."""
+    """What the judge sees. background: a name or None; cells: four names or None, in the order of world.CELLS."""
 
     background: str | None
     cells: tuple[str | None, ...]

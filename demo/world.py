@@ -67,6 +67,20 @@ class Scene:
     grey: bool = False
     mirrored: bool = False
 
+    @property
+    def cells(self) -> tuple[str | None, ...]:
+        """The names by cell, as the scene is shown."""
+        shown = [None] * 4
+        for thing in self.objects:
+            shown[thing.cell ^ 1 if self.mirrored else thing.cell] = thing.name
+        return tuple(shown)
+
+    @property
+    def single(self) -> list[SceneObject]:
+        """Objects whose name stands once in the scene: the ones a question can name."""
+        names = [thing.name for thing in self.objects]
+        return [thing for thing in self.objects if names.count(thing.name) == 1]
+
     def at(self, cell: int) -> SceneObject | None:
         return next((thing for thing in self.objects if thing.cell == cell), None)
 
@@ -179,6 +193,11 @@ def picture(scene: Scene, style: str = "twemoji") -> Image.Image:
     return Image.fromarray(render(scene, style))
 
 
+def blank() -> Image.Image:
+    """A black picture, for where there is none."""
+    return Image.new("RGB", (SIDE, SIDE))
+
+
 @functools.cache
 def _extent(name: str) -> tuple[int, int, int, int]:
     rows, columns = np.nonzero(sprite(name)[1][..., 0] > 0.5)
@@ -227,4 +246,21 @@ def random_scene(rng: np.random.Generator, split: str = "train", objects: int | 
             for name, cell in zip(chosen, cells, strict=True))
         scene = Scene(str(rng.choice(list(BACKGROUNDS))), things)
         if held_out(scene) == (split == "test"):
+            return scene
+
+
+def held_out_scene(rng: np.random.Generator, name: str | None = None) -> Scene:
+    """A held-out composition; with `name` one that holds this object, otherwise like any other."""
+    if name is None:
+        return random_scene(rng, "test")
+    while True:
+        scene = random_scene(rng, "train")
+        old = scene.objects[0].name
+        if any(thing.name == name for thing in scene.objects):
+            continue
+        tintable = name in TINTABLE
+        things = tuple(replace(thing, name=name, tint=thing.tint if tintable else None) if thing.name == old else thing
+                       for thing in scene.objects)
+        scene = replace(scene, objects=things)
+        if held_out(scene):
             return scene

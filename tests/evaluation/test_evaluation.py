@@ -15,17 +15,37 @@ from tiny import tiny_run, tiny_tokenizers
 
 from onevocab.common.errors import UserError
 from onevocab.demo import picture_judge, speech, speech_judge, world
-from onevocab.demo.items import TASKS, evaluation_items
+from onevocab.demo.names import READER
 from onevocab.demo.picture_judge import PictureJudge
 from onevocab.demo.world import Scene, SceneObject
-from onevocab.evaluation import metrics, suite, tasks
+from onevocab.evaluation import metrics, suite
 from onevocab.evaluation.__main__ import evaluate, main
 from onevocab.evaluation.config import EvaluateConfig
-from onevocab.evaluation.suite import malformed
+from onevocab.evaluation.evaluator import Evaluator, parts_of, shuffled_media
+from onevocab.evaluation.form import malformed
 from onevocab.generation.anytoany import Reply
+from onevocab.tasks import Task, load_tasks
 
 needs_ears = pytest.mark.skipif(not (speech.available() and speech_judge.available()), reason="speech extras missing")
 FAST = EvaluateConfig(judge_steps=120, malformed=40, candidates=20)
+DEMO = load_tasks("onevocab.demo.tasks")
+ORDER = ("caption_objects", "caption_positions", "vqa", "detection", "text_to_image_objects",
+         "text_to_image_background", "image_edit", "speech_recognition", "text_to_speech", "spoken_question",
+         "image_to_speech", "speech_to_image", "held_out_wordings", "malformed_outputs", "image_reconstruction_psnr",
+         "audio_reconstruction_judge")
+
+
+def evaluation_items(name: str, *arguments) -> list:
+    task, = (task for task in DEMO.tasks if task.name == name)
+    return task.items(*arguments)
+
+
+def prompt_text(item) -> str:
+    return " ".join(part for part in parts_of(item) if isinstance(part, str))
+
+
+def pictures_of(item) -> list:
+    return [part for part in parts_of(item) if isinstance(part, Image.Image)]
 
 
 # Metrics.
@@ -70,13 +90,13 @@ def test_word_score_counts_edits(want, said):
     ("nothing", []),
 ])
 def test_names_and_places_are_read_from_text(text, pairs):
-    assert tasks.READER.placed(text) == pairs
+    assert READER.placed(text) == pairs
 
 
 def test_detection_needs_name_and_overlap_and_counts_extras():
     want = [("dog", (0, 0, 40, 40)), ("cat", (50, 50, 90, 90))]
     assert metrics.iou((0, 0, 9, 9), (0, 0, 9, 9)) == 1 and metrics.iou((0, 0, 9, 9), (20, 20, 30, 30)) == 0
-    assert metrics.detection_score(want, tasks.READER.boxes("dog 00 00 40 44; cat 10 10 20 20")) == (1, 2)
+    assert metrics.detection_score(want, READER.boxes("dog 00 00 40 44; cat 10 10 20 20")) == (1, 2)
     assert metrics.detection_score(want, [*want, ("owl", (0, 0, 9, 9))]) == (2, 3)
     assert metrics.detection_score(want, [want[0], want[0]]) == (1, 2)
 
@@ -90,10 +110,10 @@ def test_items_are_held_out_and_the_same_scenes_in_every_split():
         for one, worded, styled in zip(*items.values(), strict=True):
             assert world.held_out(one.answer["scene"])
             assert one.answer == worded.answer == styled.answer
-            assert tasks.prompt_text(one) == tasks.prompt_text(styled)
-    assert any(tasks.prompt_text(a) != tasks.prompt_text(b) for a, b in zip(items["test"], items["wordings"],
+            assert prompt_text(one) == prompt_text(styled)
+    assert any(prompt_text(a) != prompt_text(b) for a, b in zip(items["test"], items["wordings"],
                                                                            strict=True))
-    pictures = [tasks.pictures_of(evaluation_items("vqa", split, 1, 0)[0])[0] for split in ("test", "style")]
+    pictures = [pictures_of(evaluation_items("vqa", split, 1, 0)[0])[0] for split in ("test", "style")]
     assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).mean() > 1
 
 
@@ -104,9 +124,9 @@ def test_captions_go_through_at_least_100_names():
 
 def test_shuffling_leaves_nobody_their_own_media():
     items = evaluation_items("edit", "test", 5, 0)
-    for item, shuffled in zip(items, tasks.shuffled_media(items), strict=True):
-        assert tasks.prompt_text(item) == tasks.prompt_text(shuffled)
-        assert not np.array_equal(*(np.asarray(tasks.pictures_of(x)[0]) for x in (item, shuffled)))
+    for item, shuffled in zip(items, shuffled_media(items), strict=True):
+        assert prompt_text(item) == prompt_text(shuffled)
+        assert not np.array_equal(*(np.asarray(pictures_of(x)[0]) for x in (item, shuffled)))
 
 
 # Judges.
@@ -204,10 +224,16 @@ class Oracle:
         self.vocab = tiny_tokenizers().vocab
         self.tokenizers = SimpleNamespace(media={"image": self.Lossless, "audio": self.Lossless})
 
-    def told(self, *args):
-        items = evaluation_items(*args)
-        self.items |= {id(item.messages): item for item in items}
-        return items
+    def listen(self, monkeypatch) -> None:
+        """From now on it knows the items that any task makes."""
+        make = Task.items
+
+        def told(task, *arguments):
+            items = make(task, *arguments)
+            self.items |= {id(item.messages): item for item in items}
+            return items
+
+        monkeypatch.setattr(Task, "items", told)
 
     def generate_batch(self, prompts, want, **_):
         return [self.reply(self.items.get(id(prompt)), want) for prompt in prompts]
@@ -223,12 +249,12 @@ class Oracle:
 
 
 @needs_ears
-def test_a_model_that_is_always_right_scores_one_and_shuffled_media_nothing(judge, monkeypatch):
+def test_a_model_that_is_always_right_scores_one_and_shuffled_media_nothing(judge, folder, monkeypatch):
     oracle = Oracle()
-    monkeypatch.setattr(tasks, "evaluation_items", oracle.told)
-    evaluator = tasks.Evaluator(oracle, judge, FAST, limit=14)
+    oracle.listen(monkeypatch)
+    evaluator = Evaluator(oracle, DEMO, FAST, folder, limit=14)
     suite.run(evaluator, quiet=True)
-    assert {row["task"] for row in evaluator.rows} == set(suite.ORDER)
+    assert tuple(dict.fromkeys(row["task"] for row in evaluator.rows)) == ORDER
     for row in evaluator.rows:
         assert list(row) == ["task", "split", "metric", "value", "interval", "chance", "ceiling_original",
                              "ceiling_tokenizer", "n"]
@@ -241,7 +267,7 @@ def test_a_model_that_is_always_right_scores_one_and_shuffled_media_nothing(judg
         assert row["value"] >= (0.7 if judged and ": " not in row["metric"] else 0.3 if judged else 1.0), row
         assert row["interval"] is None or row["interval"][0] <= row["value"] <= row["interval"][1], row
         assert row["n"] < 10 or row["chance"] is None or row["chance"] < 0.7, row
-    assert len(evaluator.drawings) == 14 and len(next(iter(evaluator.candidates.values()))) <= 20
+    assert len(evaluator.drawings) == 14 and len(next(iter(evaluator.session.candidates.values()))) <= 20
 
 
 def test_a_malformed_reply_is_seen():
@@ -275,7 +301,7 @@ def test_an_untrained_run_gets_a_report(tmp_path, judge, folder, monkeypatch, ca
     assert {"device", "versions", "config", "seconds", "results"} <= set(report)
     assert report["seconds"]["instruct"] == 12.5
     rows = {row["task"]: row for row in report["results"]}
-    assert set(rows) == set(suite.ORDER)
+    assert set(rows) == set(ORDER)
     assert rows["malformed_outputs"]["value"] == 0 and rows["malformed_outputs"]["n"] == 3
     page = (run / "report" / "index.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', page), "the page must not need other files"
@@ -283,15 +309,15 @@ def test_an_untrained_run_gets_a_report(tmp_path, judge, folder, monkeypatch, ca
     assert Image.open(run / "report" / "gallery.png").size[0] > 600
 
 
-def test_without_the_speech_extras_sound_is_null_with_the_reason(judge, monkeypatch):
+def test_without_the_speech_extras_sound_is_null_with_the_reason(judge, folder, monkeypatch):
     def refuse():
         raise UserError("speech needs eSpeak NG")
 
     oracle = Oracle()
-    monkeypatch.setattr(tasks, "evaluation_items", oracle.told)
+    oracle.listen(monkeypatch)
     monkeypatch.setattr(speech, "_engine", refuse)
     monkeypatch.setattr(speech_judge, "available", lambda: False)
-    evaluator = tasks.Evaluator(oracle, judge, FAST, limit=3)
+    evaluator = Evaluator(oracle, DEMO, FAST, folder, limit=3)
     suite.run(evaluator, quiet=True)
     values = {row["task"]: row["value"] for row in evaluator.rows if "shuffled" not in row["split"]}
     sound = ("speech_recognition", "text_to_speech", "spoken_question", "image_to_speech", "speech_to_image",
@@ -309,4 +335,5 @@ def test_a_missing_run_and_a_bad_limit_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="none"):
         evaluate(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    assert TASKS == tuple(tasks.MEASURES)
+    names = ("caption", "vqa", "detection", "draw", "edit", "hear", "say", "spoken_question", "say_seen", "draw_heard")
+    assert tuple(task.name for task in DEMO.tasks if task.metrics) == names
