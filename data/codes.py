@@ -18,12 +18,12 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import sha256_file
 from onevocab.common.processes import run_processes
 from onevocab.data.documents import (
-    SHARD_ENDINGS,
     UNDECODABLE,
     BadSample,
     BadSamples,
     codes_ending,
     document_of,
+    modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.shards.index import build_index, read_indexed
@@ -162,10 +162,9 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 
         for sample in samples:
             try:
-                media = document_of(sample).media
-                modalities = {medium.content.ending: medium.modality for medium in media}
-                digests = {ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
-                           for ending, file in {medium.content.ending: medium.content for medium in media}.items()}
+                files = dict.fromkeys(medium.content for medium in document_of(sample).media)
+                digests = {file.ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
+                           for file in files}
             except BadSample as error:
                 bad.add(error)
                 stats.bad += 1
@@ -173,7 +172,7 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
             pending.append((sample, digests))
             for ending, digest in digests.items():
                 if digest is not None and digest not in known:
-                    waiting[digest] = modalities[ending], sample.members[ending]
+                    waiting[digest] = modality_of_ending(ending), sample.members[ending]
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
@@ -190,8 +189,8 @@ def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, by
             raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            encoded = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
-            result.update(zip(files, encoded, strict=True))
+            found = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
+            result.update(zip(files, found, strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
             for digest, file in files.items():
                 try:
@@ -224,7 +223,7 @@ def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -
         for turn in data.get("messages") or [data]:
             content = turn.get("content")
             for part in content if isinstance(content, list) else []:
-                if part.get("type") in SHARD_ENDINGS:
+                if part.get("type") in ("image", "audio"):
                     part["file"] = renamed[part["file"]]
         members["json"] = json.dumps(data, ensure_ascii=False).encode()
     return members

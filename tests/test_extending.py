@@ -32,6 +32,7 @@ class Bar(NamedTuple):
 
 BARS = {
     "A kernel": Bar(("kernels/*/", "benchmarks/*.py", "tests/kernels/interpreter/test_*_triton.py"), 0),
+    "A converter": Bar(("data/convert/*.py",), 1),
 }
 
 
