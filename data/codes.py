@@ -18,6 +18,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import sha256_file
 from onevocab.common.processes import run_processes
 from onevocab.data.documents import (
+    SHARD_ENDINGS,
     UNDECODABLE,
     BadSample,
     BadSamples,
@@ -189,8 +190,8 @@ def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, by
             raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know")
         n_codes = tokenizers.vocab.spans[modality].codes
         try:
-            found = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
-            result.update(zip(files, found, strict=True))
+            encoded = [codes_to_npy(codes, n_codes) for codes in encode(list(files.values()))]
+            result.update(zip(files, encoded, strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
             for digest, file in files.items():
                 try:
@@ -223,7 +224,7 @@ def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -
         for turn in data.get("messages") or [data]:
             content = turn.get("content")
             for part in content if isinstance(content, list) else []:
-                if part.get("type") in ("image", "audio"):
+                if part.get("type") in SHARD_ENDINGS:
                     part["file"] = renamed[part["file"]]
         members["json"] = json.dumps(data, ensure_ascii=False).encode()
     return members
