@@ -23,6 +23,7 @@ from onevocab.data.documents import (
     BadSamples,
     codes_ending,
     document_of,
+    modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.shards.index import build_index, read_indexed
@@ -161,10 +162,9 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 
         for sample in samples:
             try:
-                media = document_of(sample).media
-                modalities = {medium.content.ending: medium.modality for medium in media}
-                digests = {ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
-                           for ending, file in {medium.content.ending: medium.content for medium in media}.items()}
+                files = dict.fromkeys(medium.content for medium in document_of(sample).media)
+                digests = {file.ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
+                           for file in files}
             except BadSample as error:
                 bad.add(error)
                 stats.bad += 1
@@ -172,7 +172,7 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
             pending.append((sample, digests))
             for ending, digest in digests.items():
                 if digest is not None and digest not in known:
-                    waiting[digest] = modalities[ending], sample.members[ending]
+                    waiting[digest] = modality_of_ending(ending), sample.members[ending]
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()

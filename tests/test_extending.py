@@ -35,6 +35,7 @@ BARS = {
     "A quantizer": Bar(("tokenizers/quantizers/*.py",), 1),
     "A kernel": Bar(("kernels/*/", "benchmarks/*.py", "tests/kernels/interpreter/test_*_triton.py"), 0),
     "A task": Bar(("demo/tasks/*.py",), 1),
+    "A converter": Bar(("data/convert/*.py",), 1),
 }
 
 

@@ -5,14 +5,17 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 import tarfile
 import zipfile
+from importlib import import_module
 
 import numpy as np
 import pytest
 import soundfile
 import webdataset
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +26,7 @@ from onevocab.data.convert import __main__ as command
 from onevocab.data.convert import convert, video
 from onevocab.data.convert.conversations import SHORT
 from onevocab.data.convert.corpora import pieces
-from onevocab.data.convert.formats import FORMATS
+from onevocab.data.convert.formats import FORMATS, MODULES
 from onevocab.data.convert.mapped import guess
 from onevocab.data.documents import document_of
 from onevocab.data.shards.format import list_shards, read_shard
@@ -402,11 +405,21 @@ def test_command(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as caught:
             command.main(["text", source, "--out", str(tmp_path / out), *more])
         assert caught.value.code == 2 and reason in capsys.readouterr().err
-    for name in FORMATS:
+    for name, chosen in FORMATS.items():
         with pytest.raises(SystemExit) as caught:
             command.main([name, "--help"])
-        assert caught.value.code == 0 and "--overwrite" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert caught.value.code == 0 and "--overwrite" in printed
+        assert all(f"--{option.name.replace('_', '-')}" in printed for option in chosen.options)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     command.main(["text", source, "--out", str(tmp_path / "ranks"), "--parts", "2"])
     assert capsys.readouterr().out.startswith("rank 1: text: 0 samples in 0 shards")
+
+
+def test_formats_are_listed_in_the_guide():
+    """One name each, in one place each."""
+    guide = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## Published data sets")[2]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", guide, re.MULTILINE)) == sorted(FORMATS)
+    modules = [import_module(f"onevocab.data.convert.{module}").FORMATS for module in MODULES]
+    assert sum(map(len, modules)) == len(FORMATS)
