@@ -5,6 +5,7 @@ Every task runs the same way: items of a held-out split are answered by the mode
 (originals, and originals through the tokenizer) and the controls. What is particular to a task is a method of it.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from onevocab.evaluation.config import EvaluateConfig
 from onevocab.evaluation.metrics import row
 from onevocab.tasks import Card, Item, Metric, Section, Task
 from onevocab.tasks.registry import TaskModule
+from onevocab.tokenizers.modalities import modality_of_value
 
 
 @dataclass
@@ -44,24 +46,26 @@ def parts_of(item: Item) -> list:
 
 
 def media_of(item: Item) -> set[str]:
-    """The modalities of a prompt's pictures and sounds."""
-    kinds = {"image": Image.Image, "audio": tuple}
-    return {name for name, kind in kinds.items() if any(isinstance(part, kind) for part in parts_of(item))}
+    """The modalities of a prompt's media."""
+    return {modality_of_value(part) for part in parts_of(item) if not isinstance(part, str)}
 
 
 def shuffled_media(items: list[Item]) -> list[Item]:
-    """The same prompts with the pictures and sounds of the item before: nobody keeps their own."""
+    """The same prompts with the media of the item before: nobody keeps their own."""
 
     def swap(item, donor):
-        media = {kind: [part for part in parts_of(donor) if isinstance(part, kind)] for kind in (Image.Image, tuple)}
-        used = {kind: 0 for kind in media}
+        media: dict[str, list] = {}
+        for part in parts_of(donor):
+            if not isinstance(part, str):
+                media.setdefault(modality_of_value(part), []).append(part)
+        used: Counter = Counter()
 
         def other(part):
-            for kind, pool in media.items():
-                if isinstance(part, kind) and pool:
-                    used[kind] += 1
-                    return pool[(used[kind] - 1) % len(pool)]
-            return part
+            modality = None if isinstance(part, str) else modality_of_value(part)
+            if modality not in media:
+                return part
+            used[modality] += 1
+            return media[modality][(used[modality] - 1) % len(media[modality])]
 
         def content(value):
             return [other(part) for part in value] if isinstance(value, list) else other(value)
@@ -101,10 +105,9 @@ class Evaluator:
     def ask(self, prompts: list, want: str) -> list:
         """Replies of the model; prompt i draws with seed i."""
         c = self.config
-        temperature = {"text": c.text_temperature, "image": c.image_temperature, "audio": c.audio_temperature}[want]
         return self.model.generate_batch(
-            prompts, want=want, temperature=temperature, top_k=c.top_k or 0, top_p=c.top_p or 1.0, seed=0,
-            guidance=c.guidance if want == "image" else 1.0, rows=c.batch,
+            prompts, want=want, temperature=getattr(c.temperature, want), top_k=c.top_k or 0, top_p=c.top_p or 1.0,
+            seed=0, guidance=c.guidance if want != "text" else 1.0, rows=c.batch,
             max_new_tokens=c.max_text_tokens if want == "text" else None)
 
     def answer(self, task: Task, items: list[Item]) -> Answered:

@@ -21,7 +21,7 @@ Conversation = list[tuple[str | None, list]]
 
 @dataclass(frozen=True)
 class Item:
-    """messages: the prompt, as AnyToAny takes it; want: what the reply must be ("text", "image", "audio"); answer: what
+    """messages: the prompt, as AnyToAny takes it; want: what the reply must be, "text" or a modality; answer: what
     the task's metrics need to know of the right reply. Where answer["kind"] is there, rows are also made by kind."""
 
     messages: list
@@ -58,7 +58,7 @@ class Card:
 class Task(ABC):
     """Subclasses set what follows and write `example`; the other methods do where replies are compared as they are.
 
-    name: unique, also seeds the items. want: "text", "image" or "audio". media: the modalities but text that prompts or
+    name: unique, also seeds the items. want: "text" or a modality. media: the modalities but text that prompts or
     replies hold; a model without them gets null rows. wordings: all instructions. reworded: whether held-out wordings
     are compared with the seen ones. metrics: none for a task that is only trained on; the first decides what a card
     calls right. count: the key of [evaluate] that says how many items. held_out: what is new in the split "test", in
@@ -125,7 +125,7 @@ class Task(ABC):
         """generation's `Reply` of each item -> verdicts."""
         if self.want == "text":
             return [reply.text for reply in replies]
-        media = [reply.images if self.want == "image" else reply.audio for reply in replies]
+        media = [reply.media.get(self.want) for reply in replies]
         return [of_reply[0] if of_reply else None for of_reply in media]
 
     def right(self, item: Item):
