@@ -19,6 +19,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python sample.py --help")
 
 
+def _guidance(value: str) -> float | dict[str, float]:
+    """"2" for all media, "image=2,audio=1.5" for each its own."""
+    if "=" not in value:
+        return float(value)
+    scales = {name.strip(): float(scale) for name, _, scale in (part.partition("=") for part in value.split(","))}
+    if unknown := scales.keys() - MODALITIES.keys():
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is no medium; choose of {', '.join(MODALITIES)}")
+    return scales
+
+
 class _Part(argparse.Action):
     """Appends (kind, value): --text and the flags of the media keep the order in which they are given."""
 
@@ -40,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: 0, all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest up to this mass (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=1.0,
+    parser.add_argument("--guidance", type=_guidance, default=1.0, metavar="G or image=G,...",
                         help="how strongly pictures and sounds follow the words; 1: as trained (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="media count too")
     parser.add_argument("--count", type=int, default=1, help="answers, from seeds SEED, SEED + 1, ...")

@@ -31,7 +31,7 @@ from onevocab.tokenizers.vocabulary import Vocabulary
 
 LOSS, DROPPABLE = 1, 2  # flags of a stored token
 COLUMNS = LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY = range(6)  # of `about`
-VERSION = "1"  # of what a stored document is; another makes kept files be made again
+VERSION = "2"  # of what a stored document is; another makes kept files be made again
 log = logging.getLogger("onevocab.data")
 
 
@@ -62,20 +62,19 @@ class ShardTokens:
 def droppable(ids: np.ndarray, vocab: Vocabulary, pair: bool) -> np.ndarray:
     """Which tokens of a document guidance may drop, bool (n,).
 
-    In a pair of text and picture the text; in a conversation the user's text right before an answer with a picture.
+    In a pair of text and a medium the text; in a conversation the user's text right before an answer with a medium.
     """
-    image = vocab.spans.get("image")
-    pictures = ids == image.begin if image else np.zeros(len(ids), bool)
-    if not pictures.any():
-        return pictures
+    media = np.isin(ids, [span.begin for span in vocab.ranges])
+    if not media.any():
+        return media
     text = ids < vocab.text_size
     if pair:
         return text
     opens = (ids == vocab.user) | (ids == vocab.assistant) | (ids == vocab.system)
     turn, roles = np.cumsum(opens), np.append(vocab.document, ids[opens])
-    drawn = np.bincount(turn, weights=pictures) > 0
-    drawn = np.append(drawn[1:] & (roles[1:] == vocab.assistant), False)  # the turn after this one is a drawing
-    return text & (drawn & (roles == vocab.user))[turn]
+    made = np.bincount(turn, weights=media) > 0
+    made = np.append(made[1:] & (roles[1:] == vocab.assistant), False)  # the turn after this one makes a medium
+    return text & (made & (roles == vocab.user))[turn]
 
 
 def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[np.ndarray, np.ndarray, tuple]:

@@ -8,6 +8,10 @@ Temperatures = create_model("Temperatures", __config__=ConfigDict(frozen=True, e
     name: (float, Field(0.0 if name == "text" else 0.7, ge=0, description=f"temperature of {name}"))
     for name in ("text", *MODALITIES)})
 
+Guidance = create_model("Guidance", __config__=ConfigDict(frozen=True, extra="forbid"), **{
+    name: (float, Field(1.0, ge=0, description=f"classifier-free guidance of {name}; 1 is none"))
+    for name in MODALITIES})
+
 
 class EvaluateConfig(BaseModel):
     """The `[evaluate]` section. Counts are items; every split of a task is cut to `--limit` when that is given."""
@@ -27,7 +31,7 @@ class EvaluateConfig(BaseModel):
     max_text_tokens: int = Field(128, ge=8, description="longest text that is answered")
     top_k: int | None = Field(None, description="only the k likeliest ids (default: all)")
     top_p: float | None = Field(None, description="the likeliest ids up to this mass (default: all)")
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance of media; 1 is none")
+    guidance: Guidance = Guidance()
     judge_steps: int = Field(220, ge=20, description="training steps of the picture judge")
     judge_floor: float = Field(0.5, ge=0, le=1, description="below this probability the judge sees nothing")
     candidates: int = Field(20, ge=2, description="phrases among which the speech judge decides")

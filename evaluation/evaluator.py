@@ -107,7 +107,7 @@ class Evaluator:
         c = self.config
         return self.model.generate_batch(
             prompts, want=want, temperature=getattr(c.temperature, want), top_k=c.top_k or 0, top_p=c.top_p or 1.0,
-            seed=0, guidance=c.guidance if want != "text" else 1.0, rows=c.batch,
+            seed=0, guidance=c.guidance.model_dump(), rows=c.batch,
             max_new_tokens=c.max_text_tokens if want == "text" else None)
 
     def answer(self, task: Task, items: list[Item]) -> Answered:

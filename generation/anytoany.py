@@ -113,7 +113,7 @@ class AnyToAny:
         return cls(model.to(device).requires_grad_(False), tokenizers, plain=stage == "pretrain")
 
     def generate(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int = 0, guidance: float = 1.0,
+                 top_p: float = 1.0, seed: int = 0, guidance: float | dict[str, float] = 1.0,
                  max_new_tokens: int | None = None) -> Reply:
         """One reply to one prompt. want: "any" (the model chooses), "text", or a modality.
 
@@ -124,7 +124,7 @@ class AnyToAny:
                                    max_new_tokens)[0]
 
     def generate_batch(self, prompts: list, want: str = "any", temperature: float = 1.0, top_k: int = 0,
-                       top_p: float = 1.0, seed: int = 0, guidance: float = 1.0,
+                       top_p: float = 1.0, seed: int = 0, guidance: float | dict[str, float] = 1.0,
                        max_new_tokens: int | None = None, rows: int = 64) -> list[Reply]:
         """A reply to each prompt; row i draws with seed + i, so it equals `generate(prompts[i], seed=seed
         + i)`.
@@ -132,17 +132,18 @@ class AnyToAny:
         rows: how many prompts share the model's batch at once.
         """
         sampling = Sampling(temperature, top_k, top_p, seed, guidance)
-        requests = self._requests(prompts, want, guidance != 1.0, max_new_tokens)
+        requests = self._requests(prompts, want, sampling.guided, max_new_tokens)
         ids = []
         for start in range(0, len(requests), rows):
             ids += engine.generate(self.model, requests[start : start + rows], sampling)
         return self._replies(ids)
 
     def stream(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               seed: int = 0, guidance: float = 1.0, max_new_tokens: int | None = None) -> Iterator[Event]:
+               seed: int = 0, guidance: float | dict[str, float] = 1.0,
+               max_new_tokens: int | None = None) -> Iterator[Event]:
         """Like `generate`, as it comes: see `Event`."""
         sampling = Sampling(temperature, top_k, top_p, seed, guidance)
-        requests = self._requests([prompt], want, guidance != 1.0, max_new_tokens)
+        requests = self._requests([prompt], want, sampling.guided, max_new_tokens)
         ids: list[int] = []  # all
         start = shown = 0  # of the open segment: its first id, and how much of it was shown
         span = None

@@ -38,7 +38,7 @@ class _Batch:
     def __init__(self, model, requests: Sequence[Request], sampling: Sampling):
         self.model, self.sampling, self.requests = model, sampling, list(requests)
         self.names = list(range(len(requests)))  # of each row: its place among the requests
-        self.guided = sampling.guidance != 1.0 and all(r.unconditional is not None for r in requests)
+        self.guided = sampling.guided and all(r.unconditional is not None for r in requests)
         self.device = model.head_weight.device
         noise = [row_noise(sampling.seed + r.seed_row, 1, r.grammar.left + 1) for r in requests]
         longest = max(part.shape[1] for part in noise)
@@ -79,20 +79,21 @@ class _Batch:
         self.positions = self.positions + 1
         return hidden[:, 0]
 
-    def groups(self) -> list[tuple[Tensor | None, tuple[range, ...], Tensor | None, bool]]:
+    def groups(self) -> list[tuple[Tensor | None, tuple[range, ...], Tensor | None, float]]:
         """Rows by what is legal: (rows or None for all, ranges, ids of the logits or None for one slice,
-        guided)."""
+        scale of the guidance)."""
         by_legal: dict[tuple, list[int]] = {}
         for row, request in enumerate(self.requests):
             grammar = request.grammar
-            by_legal.setdefault((grammar.legal, self.guided and grammar.modality != "text"), []).append(row)
+            guidance = self.sampling.guidance_of(grammar.modality) if self.guided else 1.0
+            by_legal.setdefault((grammar.legal, guidance), []).append(row)
         groups = []
-        for (legal, guided), rows in by_legal.items():
+        for (legal, guidance), rows in by_legal.items():
             ids = None
             if len(legal) > 1:
                 ids = torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in legal])
             where = None if len(by_legal) == 1 else torch.tensor(rows, device=self.device)
-            groups.append((where, legal, ids, guided))
+            groups.append((where, legal, ids, guidance))
         return groups
 
     def next_ids(self, hidden: Tensor, groups) -> Tensor:
@@ -101,12 +102,12 @@ class _Batch:
         noise = self.noise.gather(1, self.taken[:, None])[:, 0]
         self.taken = self.taken + 1
         chosen = torch.empty(count, dtype=torch.long, device=self.device)
-        for where, legal, ids, guided in groups:
+        for where, legal, ids, guidance in groups:
             rows = slice(0, count) if where is None else where
             logits = self._logits(hidden[:count][rows], legal)
-            if guided:
+            if guidance != 1.0:
                 without = self._logits(hidden[count:][rows], legal)
-                logits = without + self.sampling.guidance * (logits - without)
+                logits = without + guidance * (logits - without)
             places = sample_ids(logits, noise[rows], self.sampling)
             chosen[rows] = places + legal[0].start if ids is None else ids[places]
         return chosen

@@ -1,6 +1,7 @@
 """From logits to one id per row: temperature, top-k, top-p, and seeds that make a row independent of
 others."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,27 +19,41 @@ class Sampling:
     temperature: 0 takes the likeliest id; 1 samples from the model as it is. top_k: keep the k likeliest
     (0: all). top_p: keep the smallest set whose probability reaches p (nucleus sampling, Holtzman et al.
     2020; 1: all). seed: row i of a batch draws from a generator seeded with seed + i. guidance:
-    classifier-free guidance (Ho and Salimans 2022) inside pictures and sound: uncond + g * (cond -
-    uncond); 1: none, at no cost. Raises UserError for impossible values.
+    classifier-free guidance (Ho and Salimans 2022) inside media: uncond + g * (cond - uncond); 1: none, at
+    no cost; a number for all media, or one for each modality, {"image": 2.0}. Raises UserError for
+    impossible values.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    guidance: float = 1.0
+    guidance: float | Mapping[str, float] = 1.0
 
     def __post_init__(self):
         checks = (
             ("temperature", 0.0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            ("guidance", 0.0 <= self.guidance < float("inf"), "0 or more (1: none)"),
+            ("guidance", all(0.0 <= scale < float("inf") for scale in self._scales()), "0 or more (1: none)"),
             ("seed", 0 <= self.seed < 2**63, "0 or more"),
         )
         for name, good, wanted in checks:
             if not good:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+
+    def _scales(self) -> list[float]:
+        return list(self.guidance.values()) if isinstance(self.guidance, Mapping) else [self.guidance]
+
+    @property
+    def guided(self) -> bool:
+        return any(scale != 1.0 for scale in self._scales())
+
+    def guidance_of(self, modality: str) -> float:
+        """The scale inside a span of this modality; words are not guided."""
+        if modality == "text":
+            return 1.0
+        return self.guidance.get(modality, 1.0) if isinstance(self.guidance, Mapping) else self.guidance
 
 
 def row_noise(seed: int, rows: int, count: int) -> Tensor:

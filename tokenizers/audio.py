@@ -62,7 +62,8 @@ class AudioTokenizer(GridAutoencoder):
 
     @property
     def columns_per_second(self) -> float:
-        return RATE / HOP / self.config.column_frames
+        """Columns of codes: of several codes a place each is a column of its own."""
+        return RATE / HOP / self.config.column_frames * self.quantizer.codes_per_place
 
     def read(self, source) -> np.ndarray:
         """(samples, rate), path or bytes -> float32 mono at 16 kHz, at most `max_seconds` long.
@@ -104,7 +105,7 @@ class AudioTokenizer(GridAutoencoder):
         """Files -> log-mel pieces of `clip_seconds`, float (n, 1, mels, frames), whose mean and deviation then
         standardise every sound. Equal files count once, unreadable ones are left out; short sounds are padded with
         silence, of long ones each piece is taken."""
-        columns = max(1, round(self.config.clip_seconds * self.columns_per_second))
+        columns = max(1, round(self.config.clip_seconds * RATE / HOP / self.config.column_frames))
         length, pieces = columns * self.config.column_frames * HOP, []
         for content in dict.fromkeys(files):
             with suppress(UserError):

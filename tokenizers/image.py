@@ -37,7 +37,7 @@ class ImageTokenizer(GridAutoencoder):
 
     def __init__(self, config: ImageConfig):
         super().__init__(3, (config.patch, config.patch), config)
-        if any(side % config.patch or side // config.patch > config.max_side for side in config.size):
+        if any(side % config.patch for side in config.size) or max(self.max_grid) > config.max_side:
             raise UserError(f"[image] size {config.size} must be a multiple of patch {config.patch}, "
                             f"at most max_side {config.max_side} codes a side")
 
@@ -49,7 +49,8 @@ class ImageTokenizer(GridAutoencoder):
     @property
     def max_grid(self) -> tuple[int, int]:
         """Rows and columns of codes of a picture of the configured size: what is drawn has it."""
-        return self.config.size[0] // self.config.patch, self.config.size[1] // self.config.patch
+        rows, columns = (side // self.config.patch for side in self.config.size)
+        return rows, columns * self.quantizer.codes_per_place
 
     def read(self, source) -> torch.Tensor:
         """PIL image, path or bytes -> uint8 (3, H, W) of the configured size."""
