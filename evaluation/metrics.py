@@ -67,10 +67,10 @@ def row(task: str, split: str, metric: str, scores, *, chance=None, original=Non
     }
 
 
-def overlap(want, said) -> tuple[int, int]:
-    """Score of two multisets: what they share, over the larger one, so that saying more than asked costs."""
-    want, said = Counter(want), Counter(said)
-    return (want & said).total(), max(want.total(), said.total())
+def overlap(want, given) -> tuple[int, int]:
+    """Score of two multisets: what they share, over the larger one, so that more than asked costs."""
+    want, given = Counter(want), Counter(given)
+    return (want & given).total(), max(want.total(), given.total())
 
 
 def normal(text: str) -> str:
@@ -79,16 +79,16 @@ def normal(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def word_score(want: str, said: str) -> tuple[float, int]:
-    """(words of `want` less the edits that turn it into `said`, words): together they give 1 - WER.
+def word_score(want: str, given: str) -> tuple[float, int]:
+    """(words of `want` less the edits that turn it into `given`, words): together they give 1 - WER.
 
     Edits are Levenshtein's over words. An item never counts below 0, so that one endless reply cannot hide the rest.
     """
-    want, said = normal(want).split(), normal(said).split()
-    costs = list(range(len(said) + 1))
+    want, given = normal(want).split(), normal(given).split()
+    costs = list(range(len(given) + 1))
     for i, word in enumerate(want, 1):
         before, costs[0] = costs[0], i
-        for j, other in enumerate(said, 1):
+        for j, other in enumerate(given, 1):
             before, costs[j] = costs[j], min(costs[j] + 1, costs[j - 1] + 1, before + (word != other))
     return max(0, len(want) - costs[-1]), len(want)
 
@@ -104,15 +104,15 @@ def iou(one, other) -> float:
     return inner / (area - inner)
 
 
-def detection_score(want, said, threshold: float = 0.5) -> tuple[int, int]:
+def detection_score(want, given, threshold: float = 0.5) -> tuple[int, int]:
     """Boxes found with the right name and IoU >= threshold, each wanted box once; over the larger count."""
     left, hits = list(want), 0
-    for name, box in said:
+    for name, box in given:
         best = max((item for item in left if item[0] == name), key=lambda item: iou(item[1], box), default=None)
         if best is not None and iou(best[1], box) >= threshold:
             left.remove(best)
             hits += 1
-    return hits, max(len(want), len(said))
+    return hits, max(len(want), len(given))
 
 
 def psnr(one, other) -> float:

