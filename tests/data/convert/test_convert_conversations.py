@@ -95,3 +95,12 @@ CASES = {
 def test_layouts(tmp_path, name, files, options, expected, dropped):
     report, samples = converted(name, put(tmp_path / "in", files), tmp_path / "out", **options)
     assert samples == expected and lost(report) == dropped
+
+
+def test_a_picture_shown_twice_is_stored_once(tmp_path):
+    """By its bytes: under two names too. Beside another one, it is the same sample's other file."""
+    source = put(tmp_path / "in", AB | {"c.png": png(0), "d.json": [
+        llava(["a.png", "b.png", "c.png"], "<image> or <image>?", "The first.", "<image>", "So it is.")]}) / "d.json"
+    report, samples = converted("llava", source, tmp_path / "out")
+    assert samples == [talk([png(0), "or", png(1), "?"], "The first.", [png(0)], "So it is.")]
+    assert report.media == {"image": 2} and report.bytes < 3 * len(png(0))
