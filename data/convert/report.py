@@ -46,12 +46,12 @@ class Report:
         """For people."""
         media = ", ".join(f"{count:,} {modality}" for modality, count in sorted(self.media.items())) or "text only"
         again = f", {self.reencoded:,} of them encoded anew" if self.reencoded else ""
-        found = [f"{self.format}: {self.samples:,} samples in {len(self.shards):,} shards ({media}{again}, "
+        lines = [f"{self.format}: {self.samples:,} samples in {len(self.shards):,} shards ({media}{again}, "
                  f"{self.bytes / 1e6:,.1f} MB); {sum(self.dropped.values()):,} dropped"]
         for what, counts in (("dropped", self.dropped), ("left out of kept samples", self.left_out)):
             for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-                found.append(f"  {what}: {count:,} {reason}, as {self.first[reason][0]}")
-        return found
+                lines.append(f"  {what}: {count:,} {reason}, as {self.first[reason][0]}")
+        return lines
 
 
 def report_path(out: Path, rank: int, world: int) -> Path:

@@ -46,11 +46,11 @@ def files_of(source: Path, kinds: tuple[str, ...] = TABLES, pattern: str = "*") 
         return [source]
     if not source.exists():
         raise UserError(f"no such file or folder: {source}; check the path")
-    found = sorted(path for path in source.rglob(pattern)
+    files = sorted(path for path in source.rglob(pattern)
                    if kind_of(path) in kinds and path.is_file() and not path.name.startswith("."))
-    if not found:
+    if not files:
         raise UserError(f"{source} holds no file that this format reads ({pattern} ending in {' '.join(kinds)})")
-    return found
+    return files
 
 
 @lru_cache(maxsize=2)
@@ -94,14 +94,14 @@ def rows(path: Path) -> Iterator[Row]:
         value = listed(document(path))
         if value is None:
             raise Dropped("damaged input", f"{path.name} is not a list of records, nor an object with one such list")
-        found = iter(value)
+        records = iter(value)
     elif kind in LINES:
-        found = map(record_of, lines(path))
+        records = map(record_of, lines(path))
     elif kind in COLUMNS:
-        found = columns(path)
+        records = columns(path)
     else:
-        found = _cells(path, "\t" if kind == ".tsv" else ",")
-    return ((f"{path.name}#{number}", record) for number, record in enumerate(found))
+        records = _cells(path, "\t" if kind == ".tsv" else ",")
+    return ((f"{path.name}#{number}", record) for number, record in enumerate(records))
 
 
 def _packs_list(path: Path) -> bool:

@@ -99,10 +99,10 @@ def moments(path, rate: float = 1.0, max_frames: int = 32, max_side: int = 512, 
     if not frames.kept:
         raise UserError(f"cannot read {path} as a video (it has no frame)")
     piece = round(piece_seconds * RATE)
-    found = [*frames.kept, *(Moment(cue.start, cue.text) for cue in cues if cue.start <= end)]
-    found += [Moment(start + first / RATE, (samples[first : first + piece], RATE))
+    parts = [*frames.kept, *(Moment(cue.start, cue.text) for cue in cues if cue.start <= end)]
+    parts += [Moment(start + first / RATE, (samples[first : first + piece], RATE))
               for first in range(0, len(samples), piece) if len(samples) - first >= SHORTEST_PIECE * RATE]
-    return sorted(found, key=lambda moment: _tenths(moment.seconds))
+    return sorted(parts, key=lambda moment: _tenths(moment.seconds))
 
 
 def subtitles_beside(path: Path) -> Path | None:
@@ -257,21 +257,21 @@ def parse_subtitles(content: bytes | str, name: str = "the subtitles") -> list[C
     if len(content) > MAX_SUBTITLES:
         raise UserError(f"{name}: more than the {MAX_SUBTITLES:,} characters allowed for subtitles")
     content = content.removeprefix("\ufeff").replace("\0", "\ufffd").replace("\r\n", "\n").replace("\r", "\n")
-    cues, times, said, timings = [], None, [], 0
+    cues, times, texts, timings = [], None, [], 0
     passing = vtt = content.startswith("WEBVTT")  # passing: in a header, note or style, which a timing ends too
     for number, line in enumerate([*content.split("\n"), ""], 1):
         line = line.strip()
         new = _times(line) if "-->" in line else None
         if new or not line:
-            if new and times and said and said[-1].isdigit():
-                said.pop()  # the next cue's number: the empty line before it is missing
-            if times and (text := _plain(said, vtt)):
+            if new and times and texts and texts[-1].isdigit():
+                texts.pop()  # the next cue's number: the empty line before it is missing
+            if times and (text := _plain(texts, vtt)):
                 cues.append(Cue(*times, text))
-            times, said, timings, passing = new, [], timings + bool(new), False
+            times, texts, timings, passing = new, [], timings + bool(new), False
             if timings > MAX_CUES:
                 raise UserError(f"{name}: more than the {MAX_CUES:,} cues allowed for subtitles")
         elif times:
-            said.append(line)
+            texts.append(line)
         elif "-->" in line and not passing:
             raise UserError(f"{name}: line {number}: not a timing: {line[:60]!r}")
         elif vtt and line.split()[0] in ("NOTE", "STYLE", "REGION"):
