@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -70,8 +71,7 @@ def to_array(picture) -> np.ndarray:
 
 def to_cells(pictures: np.ndarray) -> np.ndarray:
     """uint8 (n, 64, 64, 3) -> cells (n, 4, 32, 32, 3): top left, top right, bottom left, bottom right."""
-    n = len(pictures)
-    return pictures.reshape(n, 2, CELL, 2, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, 4, CELL, CELL, 3)
+    return rearrange(pictures, "n (row h) (column w) rgb -> n (row column) h w rgb", h=CELL, w=CELL)
 
 
 def border_colour(picture: np.ndarray) -> np.ndarray:

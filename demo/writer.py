@@ -29,18 +29,19 @@ from onevocab.tokenizers.media import encode_audio, encode_png
 
 
 class _Settings(BaseModel):
-    """[data.demo]: how many samples of each task. voices: "espeak" needs the speech extra, "tones" plays a melody for
-    each text instead."""
+    """[data.demo]: how many samples of each task."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    seed: int = 0
-    voices: Literal["espeak", "tones"] = "espeak"
+    seed: int = Field(0, description="of all samples")
+    voices: Literal["espeak", "tones"] = Field("espeak", description="espeak needs the speech extra, tones plays a "
+                                               "melody for each text instead")
     clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
 
 
 WRITTEN = tuple(task for task in TASKS if task.samples is not None)
 DemoConfig = create_model("DemoConfig", __base__=_Settings, __doc__=_Settings.__doc__, __module__=__name__,
-                          **{task.name: (int, Field(default=task.samples, ge=0)) for task in WRITTEN})
+                          **{task.name: (int, Field(task.samples, ge=0, description=f"samples of {task.name}"))
+                             for task in WRITTEN})
 
 
 class _Studio:
