@@ -20,7 +20,7 @@ class Sampling:
     (0: all). top_p: keep the smallest set whose probability reaches p (nucleus sampling, Holtzman et al.
     2020; 1: all). seed: row i of a batch draws from a generator seeded with seed + i. guidance:
     classifier-free guidance (Ho and Salimans 2022) inside media: uncond + g * (cond - uncond); 1: none, at
-    no cost; a number for all media, or one for each modality, {"image": 2.0}. Raises UserError for
+    no cost; a number for all media, or one for each modality by its name. Raises UserError for
     impossible values.
     """
 

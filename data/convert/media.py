@@ -21,17 +21,12 @@ from onevocab.data.convert.samples import Dropped, Medium
 from onevocab.data.documents import UNDECODABLE, modality_of_ending
 from onevocab.data.shards.format import MAX_MEMBER
 from onevocab.tokenizers.document import Part
-from onevocab.tokenizers.media import (
-    AUDIO_SUFFIXES,
-    IMAGE_SUFFIXES,
-    encode_audio,
-    encode_png,
-    load_audio,
-    load_image,
-)
+from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
+from onevocab.tokenizers.modalities import MODALITIES
 
 VIDEO = "video"  # no modality: it becomes pictures, sounds and texts
-_SUFFIXES = {"image": IMAGE_SUFFIXES, "audio": AUDIO_SUFFIXES, VIDEO: (".mp4", ".mov", ".mkv", ".webm")}
+_SUFFIXES = {modality.name: modality.suffixes for modality in MODALITIES.values()} | {
+    VIDEO: (".mp4", ".mov", ".mkv", ".webm")}
 KINDS = tuple(_SUFFIXES)  # of the files that records name
 _SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"),
                (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"BM", "bmp"))

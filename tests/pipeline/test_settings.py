@@ -33,4 +33,4 @@ def undescribed(config: type[BaseModel], before: set) -> list[str]:
 def test_every_setting_is_described():
     found: set = set()
     assert undescribed(RunConfig, found) == [] and undescribed(PlanConfig, found) == []
-    assert len(found) > 20, "hardly any section was found"
+    assert len(found) > 15, "hardly any section was found"
