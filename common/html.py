@@ -14,7 +14,7 @@ def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def medium(data: bytes, mime: str, label: str = "") -> str:
+def media_element(data: bytes, mime: str, label: str = "") -> str:
     """An element that shows a picture or plays a sound, the file's bytes within it."""
     if mime.startswith("image/"):
         return f'<img src="{data_uri(data, mime)}" alt="{escape(label)}">'
@@ -24,4 +24,4 @@ def medium(data: bytes, mime: str, label: str = "") -> str:
 def figure(data: bytes, mime: str, label: str, css_class: str = "") -> str:
     """The same with its label below."""
     attribute = f' class="{css_class}"' if css_class else ""
-    return f"<figure{attribute}>{medium(data, mime, label)}<figcaption>{escape(label)}</figcaption></figure>"
+    return f"<figure{attribute}>{media_element(data, mime, label)}<figcaption>{escape(label)}</figcaption></figure>"

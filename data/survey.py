@@ -5,9 +5,7 @@ the network.
 """
 
 import argparse
-import base64
 import hashlib
-import html
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from PIL import Image
 
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_atomic
+from onevocab.common.html import escape, media_element
 from onevocab.data.documents import BadSample, codes_document, document_of, read_media
 from onevocab.data.shards.format import Sample, check_header, npy_to_codes, read_header
 from onevocab.data.shards.index import read_indexed
@@ -176,12 +175,6 @@ def _colours(codes: np.ndarray) -> Image.Image:
     return Image.fromarray(colours).resize((colours.shape[1] * 6, colours.shape[0] * 6), Image.Resampling.NEAREST)
 
 
-def _figure(shown: Preview) -> str:
-    """A preview as an element that holds all of its data."""
-    data = f"data:{shown.mime};base64,{base64.b64encode(shown.content).decode()}"
-    return f'<img alt="" src="{data}">' if shown.mime.startswith("image/") else f'<audio controls src="{data}"></audio>'
-
-
 CSS = """
 :root { color-scheme: light dark } * { box-sizing: border-box } h2 { margin: 2.6rem 0 .2rem; font-size: 1.2rem }
 body { margin: 0 auto; padding: 2rem 1.2rem; max-width: 76rem; font: 15px/1.5 system-ui, "Segoe UI", sans-serif }
@@ -199,8 +192,8 @@ POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-
 
 
 def _t(value) -> str:
-    """Escaped, and cut where it is endless; what is no Unicode (odd bytes in a name) becomes a question mark."""
-    return html.escape(str(value)[: 2 * TEXT].encode("utf-8", "replace").decode())
+    """Escaped, and cut where it is endless."""
+    return escape(str(value)[: 2 * TEXT])
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple]) -> str:
@@ -251,7 +244,9 @@ def page(found: Survey, tokenizers: Tokenizers | None = None) -> str:
         for role, parts in turns:
             card += f'<div class="turn {role or ""}"><div class=soft>{role or ""}</div>'
             for label, text, small in parts:
-                figure = "" if small is None else _figure(small) if room > 0 else "(no room left on this page)"
+                figure = "" if small is None else "(no room left on this page)"
+                if small is not None and room > 0:
+                    figure = media_element(small.content, small.mime)
                 room -= len(figure)
                 card += f"{figure}<div class={'soft' if label else 'text'} dir=auto>{_t(label or text)}</div>"
             card += "</div>"

@@ -5,13 +5,13 @@ import textwrap
 import tomllib
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from onevocab.common.files import write_atomic, write_json
 from onevocab.common.html import data_uri, escape, figure
 from onevocab.tasks import Card, Section
 from onevocab.tokenizers.media import encode_audio, encode_png
+from onevocab.tokenizers.modalities import MODALITIES, modality_of_value
 from onevocab.training.metrics import curves, read_metrics
 
 
@@ -34,16 +34,6 @@ def run_config(run: Path) -> dict:
         return tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def png(picture: Image.Image) -> bytes:
-    return encode_png(picture, level=9)
-
-
-def wav(samples: np.ndarray, rate: int) -> bytes:
-    """16-bit mono."""
-    samples = np.nan_to_num(np.asarray(samples, np.float32).reshape(-1))
-    return encode_audio(samples, int(rate), format="WAV")
 
 
 def curve_images(run: Path) -> list[tuple[str, str]]:
@@ -69,7 +59,7 @@ def gallery(drawings: list[tuple[str, Image.Image]], path: Path, columns: int = 
         sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
         for k, words in enumerate(lines):
             pen.text((x, y + side + 3 + k * line), words, fill=(30, 30, 30), font=font)
-    write_atomic(path, png(sheet))
+    write_atomic(path, encode_png(sheet, level=9))
 
 
 def show_number(value, digits: int = 3) -> str:
@@ -127,10 +117,9 @@ pre { overflow-x: auto; padding: .8rem; background: var(--card); border: 1px sol
 def _card(card: Card) -> str:
     parts = []
     for label, medium in card.media:
-        if isinstance(medium, Image.Image):
-            parts.append(figure(png(medium), "image/png", label, "only" if len(card.media) == 1 else ""))
-        else:
-            parts.append(figure(wav(*medium), "audio/wav", label, "sound"))
+        shown = MODALITIES[modality_of_value(medium)].preview(medium)
+        only = "only" if len(card.media) == 1 else ""
+        parts.append(figure(shown.content, shown.mime, label, only if shown.mime.startswith("image/") else "sound"))
     mark = {None: "", True: ' <span class="right">right</span>', False: ' <span class="wrong">not right</span>'}
     lines = "".join(
         f'<div class="line"><span class="label">{escape(label)}</span> {escape(text)}'

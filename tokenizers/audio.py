@@ -167,7 +167,7 @@ def preview(sound: tuple[np.ndarray, int]) -> Preview:
     samples, rate = sound
     cut = f", the first {PREVIEW_SECONDS} s" if len(samples) > PREVIEW_SECONDS * rate else ""
     return Preview(f"{len(samples) / rate:.1f} s at {rate:,} Hz{cut}", "audio/wav",
-                   encode_audio(samples[: PREVIEW_SECONDS * rate], rate, "WAV"))
+                   encode_audio(np.nan_to_num(samples[: PREVIEW_SECONDS * rate]), rate, "WAV"))
 
 
 MODALITY = Modality(
