@@ -74,7 +74,7 @@ class Run:
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
         self.trained = [name for name in config.modalities if name not in self.kept]
-        media = [name for name in MODALITIES if name in self.kept or name in self.trained]
+        media = [*self.kept, *self.trained]  # the order of the vocabulary: a source's ids keep their meaning
         self.stages = [
             Stage("shards", _settings(config.data), (), self.write_shards),
             Stage("text", made_of["text"], ("shards",), self.train_text),
@@ -222,7 +222,7 @@ class Run:
             load_into(tokenizer, weights, newest)
             media[name] = tokenizer
         text = TextTokenizer.from_json(read_json(self.folder / "text" / "text.json"))
-        Tokenizers(text, {name: media[name] for name in MODALITIES if name in media}).save(self.folder / "tokenizers")
+        Tokenizers(text, media).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
         steps = distributed.broadcast([path.name for path in list_steps(self.folder / (after or name))])

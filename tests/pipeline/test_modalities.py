@@ -73,6 +73,17 @@ def test_any_mixture_of_modalities(tmp_path, media):
     assert done.returncode == 0 and "---" not in done.stderr, "all stages are finished"
 
 
+def test_a_modality_more_comes_behind_those_that_were_there(tmp_path):
+    """Also one that is registered before them: the ids of the run that it starts from keep their meaning."""
+    assert train(write_run(tmp_path / "a", ("audio",), ("text", "audio"))).returncode == 0
+    config = write_run(tmp_path / "b", ("image", "audio"), ("text", "image", "audio"))
+    done = train(config, f"--init-from={tmp_path / 'a' / 'run'}")
+    assert done.returncode == 0, done.stderr
+    before, after = (AnyToAny.load(tmp_path / name / "run") for name in "ab")
+    assert after.vocab.modalities == ["text", "audio", "image"] and before.vocab.is_prefix_of(after.vocab)
+    assert list(after.generate("hello", want="image").media) == ["image"]
+
+
 def test_a_section_without_data_and_data_without_a_section(tmp_path):
     done = train(write_run(tmp_path / "a", ("image", "audio"), ("text", "image")))
     assert done.returncode == 2 and "Traceback" not in done.stderr
