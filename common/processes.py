@@ -42,18 +42,18 @@ def run_processes(work: Callable, arguments: list[tuple], failed: str) -> None:
             worker.start()
     finally:
         os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
-    said: list[str] = []
+    messages: list[str] = []
     while any(worker.is_alive() for worker in workers):
         while not queue.empty():  # a full pipe would hold the process that writes
-            said.append(queue.get())
+            messages.append(queue.get())
         if any(worker.exitcode not in (None, 0) for worker in workers):
             for worker in workers:
                 worker.terminate()
         time.sleep(0.05)
     while not queue.empty():
-        said.append(queue.get())
-    if said:
-        raise UserError(said[0])
+        messages.append(queue.get())
+    if messages:
+        raise UserError(messages[0])
     if any(worker.exitcode for worker in workers):
         raise UserError(failed)
 

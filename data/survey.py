@@ -58,7 +58,7 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
     most `show` of them to look at. With tokenizers everything is encoded, as training would. Raises UserError when a
     shard holds codes of others; a damaged shard is listed with the bad samples.
     """
-    found = Survey()
+    summary = Survey()
     shards = shards[:: max(1, len(shards) // (samples or len(shards)))][: samples or None]
     each, show_each = -(-samples // len(shards)) or None, -(-show // len(shards))
     for source in shards:
@@ -68,7 +68,7 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
             if header := read_header(path):
                 whose = f"codes of tokenizers {header['tokenizers']}"
         except UserError as error:
-            found.bad.append(BadSample("", name, str(error)))
+            summary.bad.append(BadSample("", name, str(error)))
             continue
         if header and tokenizers:
             check_header(path, header, tokenizers.hash)
@@ -76,17 +76,17 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
             samples_of = read_indexed(path, verify=True, salvage=True, name=name)
             for read, sample in enumerate(islice(samples_of, each), 1):
                 try:
-                    _look(found, sample, tokenizers, read <= show_each and len(found.shown) < show)
+                    _look(summary, sample, tokenizers, read <= show_each and len(summary.shown) < show)
                 except BadSample as error:
-                    found.bad.append(error)
+                    summary.bad.append(error)
         except UserError as error:
-            found.bad.append(BadSample(f"after {read} samples", name, str(error)))
-        found.shards.append((name, read, path.stat().st_size, whose))
-    return found
+            summary.bad.append(BadSample(f"after {read} samples", name, str(error)))
+        summary.shards.append((name, read, path.stat().st_size, whose))
+    return summary
 
 
 def _look(summary: Survey, sample: Sample, tokenizers: Tokenizers | None, show: bool) -> None:
-    """Adds a sample to what was found. Raises BadSample, and then adds nothing."""
+    """Adds a sample to the summary. Raises BadSample, and then adds nothing."""
     document = document_of(sample)
     values = read_media(sample, document, _open)
     files = {medium.content.ending: medium.content for medium in document.media}
@@ -216,14 +216,14 @@ def _histogram(title: str, values: np.ndarray) -> str:
             f"median {middle:.4g}, 95% up to {high:.4g}, largest {top:.4g}</p><table>{bars}</table>")
 
 
-def _use(found: Survey, tokenizers: Tokenizers | None) -> list[tuple]:
+def _use(summary: Survey, tokenizers: Tokenizers | None) -> list[tuple]:
     """How the vocabulary is used, a row for each modality."""
-    came, tokens = dict(found.codes), {}
-    if found.ids is not None:
+    came, tokens = dict(summary.codes), {}
+    if summary.ids is not None:
         vocab = tokenizers.vocab
-        came = {"text": found.ids[: vocab.text_size]}
-        came |= {name: found.ids[span.codes_start :][: span.codes] for name, span in vocab.spans.items()}
-        sums = np.bincount(vocab.modality_of(np.arange(vocab.size)), found.ids, minlength=len(vocab.modalities))
+        came = {"text": summary.ids[: vocab.text_size]}
+        came |= {name: summary.ids[span.codes_start :][: span.codes] for name, span in vocab.spans.items()}
+        sums = np.bincount(vocab.modality_of(np.arange(vocab.size)), summary.ids, minlength=len(vocab.modalities))
         tokens = dict(zip(vocab.modalities, sums.astype(int).tolist(), strict=True))
     rows = []
     for modality, counts in came.items():
@@ -236,10 +236,10 @@ def _use(found: Survey, tokenizers: Tokenizers | None) -> list[tuple]:
     return rows
 
 
-def page(found: Survey, tokenizers: Tokenizers | None = None) -> str:
+def page(summary: Survey, tokenizers: Tokenizers | None = None) -> str:
     """The whole page: HTML without external files."""
     cards, room = [], PAGE_BYTES
-    for place, turns in found.shown:
+    for place, turns in summary.shown:
         card = f"<div class=soft>{_t(place)}</div>"
         for role, parts in turns:
             card += f'<div class="turn {role or ""}"><div class=soft>{role or ""}</div>'
@@ -252,17 +252,17 @@ def page(found: Survey, tokenizers: Tokenizers | None = None) -> str:
             card += "</div>"
         cards.append(f"<div class=card>{card}</div>")
     again = [(kind, len(places), "; ".join(places[:4]) + ("; ..." if len(places) > 4 else ""))
-             for kind, same in (("sample", found.samples), ("medium", found.media))
+             for kind, same in (("sample", summary.samples), ("medium", summary.media))
              for places in sorted(same.values(), key=len, reverse=True) if len(places) > 1]
     sections = {
-        "What is there": _table(("what", "how many"), sorted(found.counts.items())),
+        "What is there": _table(("what", "how many"), sorted(summary.counts.items())),
         "Vocabulary": _table(("modality", "tokens", "of them codes or words", "codebook", "of it used", "perplexity",
-                              "most frequent"), _use(found, tokenizers)),
-        "Lengths": "".join(_histogram(title, np.array(values)) for title, values in sorted(found.lengths.items())),
+                              "most frequent"), _use(summary, tokenizers)),
+        "Lengths": "".join(_histogram(title, np.array(values)) for title, values in sorted(summary.lengths.items())),
         "Samples": f"<div class=cards>{''.join(cards)}</div>",
-        "Bad samples": _table(("shard", "key", "reason"), [(bad.shard, bad.key, bad.reason) for bad in found.bad]),
+        "Bad samples": _table(("shard", "key", "reason"), [(bad.shard, bad.key, bad.reason) for bad in summary.bad]),
         "Exact duplicates": _table(("what", "times", "where"), again),
-        "Shards": _table(("shard", "samples read", "bytes", "what it holds"), found.shards)}
+        "Shards": _table(("shard", "samples read", "bytes", "what it holds"), summary.shards)}
     links = "".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
     blocks = "".join(f'<h2 id="{i}">{title}</h2>{block}' for i, (title, block) in enumerate(sections.items()))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
@@ -288,10 +288,10 @@ def main(argv: list[str] | None = None) -> None:
     tokenizers = Tokenizers.load(args.run / "tokenizers") if args.run else None
     if args.out.is_dir():
         raise UserError(f"{args.out} is a folder: name the page's file")
-    found = survey(shards, tokenizers, args.samples, args.show)
-    if not found.counts["samples"] and found.bad:
-        raise UserError(f"nothing could be read, no page was written: {found.bad[0]}")
-    write_atomic(args.out, page(found, tokenizers))
-    print(f"{args.out}: {found.counts['samples']:,} samples of {len(found.shards)} shards, {len(found.bad):,} bad "
-          f"ones left out, {sum(map(len, found.samples.values())) - len(found.samples):,} exact duplicates")
+    summary = survey(shards, tokenizers, args.samples, args.show)
+    if not summary.counts["samples"] and summary.bad:
+        raise UserError(f"nothing could be read, no page was written: {summary.bad[0]}")
+    write_atomic(args.out, page(summary, tokenizers))
+    print(f"{args.out}: {summary.counts['samples']:,} samples of {len(summary.shards)} shards, {len(summary.bad):,} bad "
+          f"ones left out, {sum(map(len, summary.samples.values())) - len(summary.samples):,} exact duplicates")
 

@@ -29,15 +29,15 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         raise invalid(error, "--plan") from None
     folder = Path(config.folder)
     if (folder / "tokenizers" / "vocabulary.json").is_file():
-        vocabulary, said = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
+        vocabulary, origin = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
     else:
         source = open_source(config.model.init, config.init_from)
         old = Vocabulary.build(config.text.vocab_size, []) if source is None else source.vocabulary()
         vocabulary = old.extended([MODALITIES[name].tokenizer(getattr(config, name)).layout
                                    for name in config.modalities if name not in old.spans])
-        said = "as configured, no tokenizers yet"
+        origin = "as configured, no tokenizers yet"
         if source is not None:
-            said = f"{source.rows:,} of {source.folder}, {vocabulary.size - source.rows:,} new"
+            origin = f"{source.rows:,} of {source.folder}, {vocabulary.size - source.rows:,} new"
 
     def network(layers: int, size: int) -> NextTokenLoss:
         return NextTokenLoss(Decoder(config.model.model_copy(update={"layers": layers}), size), config.pretrain.z_loss)
@@ -45,7 +45,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     with torch.device("meta"):
         model = network(config.model.layers, vocabulary.size)
     found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
-             f"({said})"]
+             f"({origin})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
         found += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
