@@ -292,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if not summary.counts["samples"] and summary.bad:
         raise UserError(f"nothing could be read, no page was written: {summary.bad[0]}")
     write_atomic(args.out, page(summary, tokenizers))
+    duplicates = sum(map(len, summary.samples.values())) - len(summary.samples)
     print(f"{args.out}: {summary.counts['samples']:,} samples of {len(summary.shards)} shards, {len(summary.bad):,} bad "
-          f"ones left out, {sum(map(len, summary.samples.values())) - len(summary.samples):,} exact duplicates")
+          f"ones left out, {duplicates:,} exact duplicates")
 
