@@ -293,6 +293,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"nothing could be read, no page was written: {summary.bad[0]}")
     write_atomic(args.out, page(summary, tokenizers))
     duplicates = sum(map(len, summary.samples.values())) - len(summary.samples)
-    print(f"{args.out}: {summary.counts['samples']:,} samples of {len(summary.shards)} shards, {len(summary.bad):,} bad "
-          f"ones left out, {duplicates:,} exact duplicates")
+    print(f"{args.out}: {summary.counts['samples']:,} samples of {len(summary.shards)} shards, {len(summary.bad):,} "
+          f"bad ones left out, {duplicates:,} exact duplicates")
 
