@@ -1,1 +1,1 @@
-"""Shards, documents, order, packing, and the demo world."""
+"""Shards, documents, order, packing."""
