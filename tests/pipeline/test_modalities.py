@@ -18,6 +18,8 @@ from onevocab.data.shards.writer import ShardWriter
 from onevocab.generation import AnyToAny
 from onevocab.tokenizers.modalities import MODALITIES
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = {
     "image": "[image]\nsize = [16, 16]\npatch = 4\nmax_side = 8\n",
     "audio": "[audio]\nmels = 32\nrows = 2\nmax_seconds = 1.0\nclip_seconds = 0.25\n",
@@ -99,7 +101,6 @@ def blocks_of(title: str) -> list:
     return test_extending.SECTIONS[title]
 
 
-@pytest.mark.slow
 def test_a_new_modality_is_killed_and_goes_on_as_if_nothing_had_been(tmp_path):
     """The point clouds of docs/extending.md, two ranks, one of them killed while it learns to speak of them: the
     weights end bit for bit as those of a run that nobody disturbed."""
