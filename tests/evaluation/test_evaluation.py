@@ -244,8 +244,8 @@ class Oracle:
         if want == "text":
             return Reply(text=item.answer["text"], ids=[1])
         if want == "image":
-            return Reply(images=[world.picture(item.answer["scene"])], ids=[1])
-        return Reply(audio=[(speech.speak(item.answer["say"]), speech.RATE)], ids=[1])
+            return Reply(media={"image": [world.picture(item.answer["scene"])]}, ids=[1])
+        return Reply(media={"audio": [(speech.speak(item.answer["say"]), speech.RATE)]}, ids=[1])
 
 
 @needs_ears

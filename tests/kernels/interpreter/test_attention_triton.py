@@ -50,8 +50,9 @@ def results(function, leaves):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def check(leaves, mask, scale=None):
-    """Out, dq, dk, dv are off by at most twice what the plain formula in the same precision is off."""
+def check(leaves, mask, scale=None, rounding=0.0):
+    """Out, dq, dk, dv are off by at most twice what the plain formula in the same precision is off, and by `rounding`
+    of the largest."""
     ours = results(lambda *x: triton(*x, mask, scale), leaves)
     plain = results(lambda *x: attention_reference(*x, mask, scale), leaves)
     doubles = [x.double() for x in leaves]
@@ -59,7 +60,7 @@ def check(leaves, mask, scale=None):
     tiny = 1e-6 * max(x.abs().max() for x in exact)
     for name, got, near, want in zip(("out", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         assert got.dtype == leaves[0].dtype and got.isfinite().all(), name
-        error, allowed = (got - want).abs().max(), 2 * (near - want).abs().max() + tiny
+        error, allowed = (got - want).abs().max(), 2 * (near - want).abs().max() + tiny + rounding * want.abs().max()
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}"
     return ours
 
@@ -151,7 +152,11 @@ def test_decoding_into_a_longer_cache():
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 5.0])
 def test_scale(scale):
-    check(qkv(2, 1, 40, 40, 16), IntervalMask.causal(documents(40)), scale)
+    """The backward pass makes probabilities anew, exp(score - log-sum-exp): the two, each rounded to float32, change one
+    by 2 |score| / 2**24 of itself. The plain formula need not pay that; how much it pays differs between CPUs."""
+    q, k, v = qkv(2, 1, 40, 40, 16)
+    largest = (scale * q @ k.transpose(-1, -2)).abs().max().item()
+    check([q, k, v], IntervalMask.causal(documents(40)), scale, rounding=2 * largest / 2**24)
 
 
 def test_large_scores_neither_overflow_nor_underflow():
