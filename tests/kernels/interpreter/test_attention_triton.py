@@ -152,8 +152,8 @@ def test_decoding_into_a_longer_cache():
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 5.0])
 def test_scale(scale):
-    """The backward pass makes probabilities anew, exp(score - log-sum-exp): the two, each rounded to float32, change one
-    by 2 |score| / 2**24 of itself. The plain formula need not pay that; how much it pays differs between CPUs."""
+    """The backward pass makes probabilities anew, exp(score - log-sum-exp): the two, each rounded to float32, change
+    one by 2 |score| / 2**24 of itself. The plain formula need not pay that; how much it pays differs between CPUs."""
     q, k, v = qkv(2, 1, 40, 40, 16)
     largest = (scale * q @ k.transpose(-1, -2)).abs().max().item()
     check([q, k, v], IntervalMask.causal(documents(40)), scale, rounding=2 * largest / 2**24)
