@@ -274,7 +274,7 @@ class PackedLoader:
                 document[r, start:stop] = number
                 start = stop
         if ids.min() < 0 or ids.max() >= self.vocab.size:  # files of a stranger, or a disk that fails
-            raise UserError("the kept documents are damaged: remove the run's folder token_cache/ and start again")
+            raise UserError("the token cache is damaged: remove the run's folder token_cache/ and start again")
         weights *= self._weight_of[targets]
         arrays = (ids, targets, weights, self._modality_of[targets], positions, document)
         return Batch(*map(torch.from_numpy, arrays))

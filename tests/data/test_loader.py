@@ -130,7 +130,7 @@ def test_repeats_and_weights(tmp_path, tokenizers):
         counts(Source(path=a, weight=3), Source(path=b))
 
 
-def test_both_orders_and_caption_drop(codes, tokenizers, tmp_path):
+def test_both_orders_and_condition_dropout(codes, tokenizers, tmp_path):
     """Every stored document against the same document written out and encoded anew."""
     loader = PackedLoader(codes, tokenizers, CONFIG)
     shown, documents = set(), [codes_document(s) for shard in list_shards(codes) for s in read_shard(shard)]

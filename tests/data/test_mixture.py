@@ -21,7 +21,7 @@ def loaders(tmp_path_factory, tokenizers):
     return lambda: [PackedLoader(folder, tokenizers, CONFIG, seed=1) for folder in folders]
 
 
-def curriculum(loaders) -> MixtureSchedule:
+def schedule(loaders) -> MixtureSchedule:
     usual, first, second = loaders()
     return MixtureSchedule(usual, [Phase(5, 1, second), Phase(2, 3, first)])
 
@@ -35,8 +35,8 @@ def equal(ours, theirs) -> bool:
                zip(ours, theirs, strict=True))
 
 
-def test_lessons_stand_where_they_should_and_the_usual_data_miss_nothing(loaders):
-    got = batches(curriculum(loaders), 10)
+def test_phases_stand_where_they_should_and_the_usual_data_miss_nothing(loaders):
+    got = batches(schedule(loaders), 10)
     usual, first, second = loaders()
     assert equal(got[2:5], batches(first, 3)) and equal(got[5:6], batches(second, 1))
     assert equal(got[:2] + got[6:], batches(usual, 6))
@@ -44,7 +44,7 @@ def test_lessons_stand_where_they_should_and_the_usual_data_miss_nothing(loaders
 
 @pytest.mark.parametrize("start", [1, 3, 5, 8])
 def test_a_resumed_curriculum_goes_on_where_it_was(loaders, start):
-    whole, resumed = curriculum(loaders), curriculum(loaders)
+    whole, resumed = schedule(loaders), schedule(loaders)
     batches(whole, start)
     resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     assert equal(batches(resumed, 8), batches(whole, 8))
@@ -52,7 +52,7 @@ def test_a_resumed_curriculum_goes_on_where_it_was(loaders, start):
 
 @pytest.mark.parametrize("phases,reason", [([(4, 1), (2, 3)], "overlap: 3 steps from 2 on, and one from 4 on"),
                                             ([(2, 3), (18, 3)], "from step 18 on ends after the stage's 20 steps")])
-def test_lessons_that_do_not_fit_are_refused_in_the_configuration(phases, reason, tmp_path):
+def test_phases_that_do_not_fit_are_refused_in_the_configuration(phases, reason, tmp_path):
     from train import read_config
 
     config = tmp_path / "run.toml"
@@ -63,9 +63,9 @@ def test_lessons_that_do_not_fit_are_refused_in_the_configuration(phases, reason
         read_config(config, [])
 
 
-def test_other_lessons_than_the_checkpoints_are_refused(loaders):
+def test_other_phases_than_the_checkpoints_are_refused(loaders):
     usual, first, second = loaders()
-    state = curriculum(loaders).state_dict()
+    state = schedule(loaders).state_dict()
     with pytest.raises(UserError, match="phases are not those"):
         MixtureSchedule(usual, [Phase(2, 3, first)]).load_state_dict(state)
     with pytest.raises(UserError, match="not those of the checkpoint"):

@@ -1,4 +1,4 @@
-"""Kept documents: the same batches as from the shards, read once, made again when they do not fit."""
+"""The token cache: the same batches as from the shards, read once, made again when they do not fit."""
 
 import gc
 import itertools
@@ -113,7 +113,7 @@ def test_a_killed_process_leaves_no_lock(codes, tokenizers, tmp_path):
 
 
 def keep_synthetic(shard, tokenizers, folder, n: int, length: int) -> None:
-    """Kept documents of n texts of `length` tokens, for a shard that is never read."""
+    """A cache of n texts of `length` tokens, for a shard that is never read."""
     shard.parent.mkdir(parents=True, exist_ok=True)
     shard.write_bytes(b"never read")
     vocab = tokenizers.vocab
