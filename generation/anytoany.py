@@ -17,7 +17,7 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.document import Document, Segment, conversation
+from onevocab.tokenizers.document import Document, MediaValue, Segment, conversation
 from onevocab.tokenizers.grammar import Grammar
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_path, modality_of_value
 from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
@@ -215,11 +215,11 @@ class AnyToAny:
     def _documents(self, prompts: list) -> list[Document]:
         """Prompts -> documents of codes. Media of all prompts are encoded together."""
         documents = [self._document(prompt) for prompt in prompts]
-        codes: dict[int, np.ndarray] = {}  # by the value's id
+        codes: dict[int, np.ndarray] = {}  # by the id of what they are the codes of
         for name, tokenizer in self.tokenizers.media.items():
             values = [medium.content for document in documents for medium in document.media
-                      if medium.modality == name and not isinstance(medium.content, np.ndarray)]
-            encoded = tokenizer.encode_batch(values) if values else []
+                      if medium.modality == name and isinstance(medium.content, MediaValue)]
+            encoded = tokenizer.encode_batch([each.value for each in values]) if values else []
             codes |= {id(value): grid for value, grid in zip(values, encoded, strict=True)}
         return [document.map_media(lambda _, content: codes.get(id(content), content)) for document in documents]
 
@@ -304,7 +304,7 @@ def _part(part, known) -> tuple[str, object]:
         modality = modality_of_value(part)
     if modality not in known:
         raise UserError(f"this model takes no {modality}; it knows text, {', '.join(known)}")
-    return modality, part
+    return modality, MediaValue(part)
 
 
 def _without_request(document: Document) -> Document:

@@ -29,10 +29,17 @@ class MediaFile:
 
 
 @dataclass(frozen=True, eq=False)
+class MediaValue:
+    """A medium as a Python value, such as a PIL image: told apart from codes, which an array can be as well."""
+
+    value: object
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """A run of one modality.
 
-    content: text as str; a medium as a MediaFile, as a value (PIL image, (samples, rate)), or as an integer array of
+    content: text as str; a medium as a MediaFile, as a MediaValue, or as an integer array of
     codebook-local codes (picture [rows, columns], sound [columns, rows]), which alone can be encoded to ids; role: None
     in a plain document, else who says it; turn: parts of one turn share a number; loss: whether predicting it counts.
     """
