@@ -116,7 +116,7 @@ class Tokenizers:
 
     def encode_media(self, modality: str, source) -> np.ndarray:
         """One of `encode_batch`'s."""
-        return self._medium(modality).encode_batch([source])[0]
+        return self.encode_batch(modality, [source])[0]
 
     def decode_media(self, modality: str, codes):
         """Codes -> a value of the modality: a PIL image, or (float32 samples, 16000)."""

@@ -1,6 +1,5 @@
 """The registered modalities, and the one answer to "which modality is this?"."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import PurePath
 
@@ -46,8 +45,5 @@ def modality_of_value(value) -> str:
     for modality in MODALITIES.values():
         if modality.accepts(value):
             return modality.name
-    raise UserError(f"a prompt's part is a str, a pathlib.Path, {', '.join(_values())}; found {type(value).__name__}")
-
-
-def _values() -> Iterator[str]:
-    return (modality.value for modality in MODALITIES.values())
+    values = ", ".join(modality.value for modality in MODALITIES.values())
+    raise UserError(f"a prompt's part is a str, a pathlib.Path, {values}; found {type(value).__name__}")
