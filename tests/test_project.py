@@ -201,6 +201,13 @@ def test_every_module_imports_with_the_base_dependencies_alone():
     assert "pytest" in done.stdout.splitlines()[-1].split(), "the list of refused packages is empty"
 
 
+@pytest.mark.parametrize("use", ["import sample; sample.parse(['runs/demo'])", "import onevocab.data.shards.index",
+                                 "import onevocab.generation.chat"])
+def test_what_reads_shards_or_flags_starts_without_torch(use):
+    done = subprocess.run([sys.executable, "-c", f"import sys; {use}; sys.exit('torch' in sys.modules)"], cwd=ROOT)
+    assert done.returncode == 0
+
+
 def test_extras():
     extras = PROJECT["project"]["optional-dependencies"]
     assert {"demo", "speech", "judge", "playground", "dev"} <= set(extras)
@@ -314,7 +321,7 @@ def test_few_places_name_a_modality():
         "generation/anytoany.py": 2,  # Reply.images and Reply.audio
         "tokenizers/modalities.py": 2,  # the registry
     }
-    own = ("tokenizers/image.py", "tokenizers/audio.py", "demo/", "data/convert/", "benchmarks/")
+    own = ("tokenizers/image", "tokenizers/audio", "demo/", "data/convert/", "benchmarks/")
     named = {}
     for _, path in modules():
         name = path.relative_to(ROOT).as_posix()

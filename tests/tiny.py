@@ -7,9 +7,9 @@ import torch
 
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
-from onevocab.tokenizers.audio import AudioConfig, AudioTokenizer
+from onevocab.tokenizers.audio_tokenizer import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers
-from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
+from onevocab.tokenizers.image_tokenizer import ImageConfig, ImageTokenizer
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.tokenizers.vocabulary import Vocabulary
 from onevocab.training import checkpoint

@@ -1,160 +1,11 @@
-"""Sounds <-> columns of codes: log-mel spectrogram, grid of codes, and back through Griffin-Lim."""
-
-from collections.abc import Iterable
-from contextlib import suppress
+"""Sounds as a modality. Their tokenizer is in audio_tokenizer.py, so that reading shards needs no torch."""
 
 import numpy as np
-import torch
-from pydantic import Field
 
-from onevocab.common.errors import UserError
-from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
-from onevocab.tokenizers.media import AUDIO_SUFFIXES, encode_audio, load_audio
+from onevocab.tokenizers.media import AUDIO_SUFFIXES, audio_ending, encode_audio, load_audio
 from onevocab.tokenizers.modality import Modality, Preview
-from onevocab.tokenizers.torchaudio_guard import torchaudio
 
-RATE = 16_000
-FFT, HOP = 1024, 256
-FLOOR = 5e-3  # some 45 dB below a loud vowel: codes are not spent on what nobody hears
-PHASE_ITERATIONS = 32
 PREVIEW_SECONDS = 10
-
-
-class AudioConfig(AutoencoderConfig):
-    """[audio]: the tokenizer of sounds."""
-
-    mels: int = Field(64, ge=8, le=256, description="frequency bins of the spectrogram")
-    rows: int = Field(2, ge=1, description="codes a column of the spectrogram")
-    column_frames: int = Field(4, ge=4, multiple_of=2, description="spectrogram frames of 16 ms that a column covers")
-    max_seconds: float = Field(8.0, gt=0, description="longest sound that is encoded")
-    clip_seconds: float = Field(0.768, gt=0, description="length of the pieces that the tokenizer trains on")
-    steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
-    batch_size: int = Field(32, ge=1, description="pieces a step, over all ranks")
-    learning_rate: float = Field(2e-3, gt=0, description="of vectors; matrices train with five times as much")
-
-
-class AudioTokenizer(GridAutoencoder):
-    """Mono sound at any rate -> codes [columns, rows]; codes -> float32 at 16 kHz.
-
-    The spectrogram is ln(magnitude mel + FLOOR), Slaney's scale, standardised by the training set's mean and
-    deviation. Rows run from low to high frequency.
-    """
-
-    name = "audio"
-
-    def __init__(self, config: AudioConfig):
-        if config.mels % config.rows or config.mels // config.rows % 2:
-            raise UserError(f"[audio] rows = {config.rows} must divide mels = {config.mels} into even parts")
-        super().__init__(1, (config.mels // config.rows, config.column_frames), config)
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("deviation", torch.ones(()))
-        self.spectrogram = torchaudio.transforms.MelSpectrogram(
-            RATE, FFT, hop_length=HOP, n_mels=config.mels, power=1.0, norm="slaney", mel_scale="slaney")
-        self.vocode = torchaudio.transforms.GriffinLim(FFT, PHASE_ITERATIONS, hop_length=HOP, power=1.0,
-                                                       momentum=0.99, rand_init=False)
-        # Least squares through the pseudo-inverse: the judge hears no difference from NNLS at a tenth of its time.
-        self.register_buffer("inverse_mel", torch.linalg.pinv(self.spectrogram.mel_scale.fb), persistent=False)
-
-    @property
-    def layout(self) -> dict:
-        """What the vocabulary needs to know: see `Vocabulary.build`."""
-        return {"name": self.name, "sizes": 0, "codes": self.quantizer.codebook_size, "rows": self.config.rows}
-
-    @property
-    def columns_per_second(self) -> float:
-        """Columns of codes: of several codes a place each is a column of its own."""
-        return RATE / HOP / self.config.column_frames * self.quantizer.codes_per_place
-
-    def read(self, source) -> np.ndarray:
-        """(samples, rate), path or bytes -> float32 mono at 16 kHz, at most `max_seconds` long.
-
-        Raises UserError on an empty or too long sound.
-        """
-        samples, rate = source if isinstance(source, tuple) else load_audio(source)
-        samples = np.asarray(samples, np.float32)
-        if samples.ndim == 2:
-            samples = samples.mean(axis=1)
-        if samples.ndim != 1 or not samples.size:
-            raise UserError(f"a sound must be mono samples (n,), found shape {samples.shape}; pass (samples, rate)")
-        if len(samples) > self.config.max_seconds * rate:
-            raise UserError(f"a sound of {len(samples) / rate:.1f} s is longer than the {self.config.max_seconds} s "
-                            "this model hears at once; cut it")
-        if not 1_000 <= rate <= 768_000:
-            raise UserError(f"a sound of {rate} samples a second is not understood; bring it to 16 kHz")
-        rate = round(rate / 50) * 50  # a kernel for 44,101 Hz would take gigabytes; 0.1% of pitch is not heard
-        if rate != RATE:
-            samples = torchaudio.functional.resample(torch.from_numpy(samples), rate, RATE).numpy()
-        return samples
-
-    @torch.inference_mode()
-    def log_mel(self, samples: np.ndarray) -> torch.Tensor:
-        """float32 (n,) at 16 kHz -> (1, mels, frames), frames a multiple of a column, not yet standardised."""
-        hop = HOP * self.config.column_frames
-        samples = torch.from_numpy(samples).to(self.mean.device)
-        length = max(1, -(-len(samples) // hop)) * hop
-        # The last frame of a centred transform stands past the end: dropped, so that n hops give n frames.
-        mel = self.spectrogram(torch.nn.functional.pad(samples, (0, length - len(samples))))[..., :-1]
-        return (mel + FLOOR).log()[None]
-
-    @property
-    def max_grid(self) -> tuple[int, int]:
-        """Columns and rows of codes of the longest sound."""
-        return int(self.config.max_seconds * self.columns_per_second), self.config.rows
-
-    def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
-        """Files -> log-mel pieces of `clip_seconds`, float (n, 1, mels, frames), whose mean and deviation then
-        standardise every sound. Equal files count once, unreadable ones are left out; short sounds are padded with
-        silence, of long ones each piece is taken."""
-        columns = max(1, round(self.config.clip_seconds * RATE / HOP / self.config.column_frames))
-        length, pieces = columns * self.config.column_frames * HOP, []
-        for content in dict.fromkeys(files):
-            with suppress(UserError):
-                samples = self.read(content)
-                for start in range(0, len(samples), length):
-                    piece = samples[start : start + length]
-                    pieces.append(self.log_mel(np.pad(piece, (0, length - len(piece)))))
-        if not pieces:
-            return torch.empty(0)
-        mels = torch.stack(pieces).clone()
-        self.mean.fill_(mels.mean())
-        self.deviation.fill_(mels.std())
-        return mels
-
-    def batch(self, mels: torch.Tensor) -> torch.Tensor:
-        """Log-mels (B, 1, mels, frames), standardised."""
-        return self.standardise(mels)
-
-    def standardise(self, mel: torch.Tensor) -> torch.Tensor:
-        return (mel - self.mean) / self.deviation
-
-    def encode_batch(self, sources: list) -> list[np.ndarray]:
-        """Sounds (see `read`) -> codes [columns, rows] each. Sounds of one length are encoded together."""
-        mels = [self.log_mel(self.read(source)) for source in sources]
-        codes: list = [None] * len(mels)
-        by_length: dict[int, list[int]] = {}
-        for i, mel in enumerate(mels):
-            by_length.setdefault(mel.shape[-1], []).append(i)
-        for indices in by_length.values():
-            grids = self.encode(self.standardise(torch.stack([mels[i] for i in indices])))
-            for i, grid in zip(indices, grids.cpu().numpy(), strict=True):
-                codes[i] = grid.T  # [rows, columns] of the spectrogram -> column by column in time
-        return codes
-
-    @torch.inference_mode()
-    def to_waveform(self, mel: torch.Tensor) -> np.ndarray:
-        """(1, mels, frames) log-mel -> float32 (frames * hop,) by Griffin & Lim 1984, with Perraudin's momentum."""
-        magnitude = (self.inverse_mel.T @ (mel[0].exp() - FLOOR)).clamp_min(0)
-        magnitude = torch.cat([magnitude, magnitude[:, -1:]], dim=1)  # the frame dropped in `log_mel`
-        return self.vocode(magnitude).cpu().numpy()
-
-    def decode_batch(self, grids: list[np.ndarray]) -> list[tuple[np.ndarray, int]]:
-        """Codes [columns, rows] each -> (float32 (n,), 16000)."""
-        sounds = []
-        for grid in grids:
-            codes = torch.from_numpy(np.asarray(grid, np.int64).T.copy()).to(self.mean.device)
-            mel = self.decode(codes[None])[0] * self.deviation + self.mean
-            sounds.append((self.to_waveform(mel), RATE))
-        return sounds
 
 
 def accepts(value) -> bool:
@@ -171,7 +22,8 @@ def preview(sound: tuple[np.ndarray, int]) -> Preview:
 
 
 MODALITY = Modality(
-    name="audio", plural="sounds", config=AudioConfig, tokenizer=AudioTokenizer, sized=False,
-    value="a (samples, rate) pair", accepts=accepts, suffixes=AUDIO_SUFFIXES, shard_endings=("flac", "wav"),
-    load=load_audio, save=lambda sound: encode_audio(*sound, format="WAV"), preview=preview,
+    name="audio", plural="sounds", sized=False,
+    tokenizer_class="onevocab.tokenizers.audio_tokenizer:AudioTokenizer", value="a (samples, rate) pair",
+    accepts=accepts, suffixes=AUDIO_SUFFIXES, shard_endings=("flac", "wav"), ending_of=audio_ending, load=load_audio,
+    save=lambda sound: encode_audio(*sound, format="WAV"), to_shard=lambda sound: encode_audio(*sound), preview=preview,
     measure=lambda sound: ("seconds of a sound", len(sound[0]) / sound[1]))

@@ -9,11 +9,16 @@ from PIL import Image
 
 from onevocab.common.errors import UserError
 
+RATE = 16_000  # samples a second that sounds are brought to
 MAX_PIXELS = 50_000_000
 MAX_SECONDS = 600.0
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+# (where, first bytes, ending)
+_IMAGE_SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"),
+                     (8, b"WEBP", "webp"), (0, b"BM", "bmp"))
+_AUDIO_SIGNATURES = ((8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"))
 
 
 def _open(source):
@@ -24,6 +29,23 @@ def _open(source):
     if not path.is_file():
         raise UserError(f"no such file: {path}; check the path")
     return open(path, "rb"), str(path)
+
+
+def _signed(content: bytes, signatures) -> str | None:
+    return next((ending for start, signature, ending in signatures
+                 if content[start : start + len(signature)] == signature), None)
+
+
+def image_ending(content: bytes) -> str | None:
+    """"png", "jpg", ... by a file's first bytes, None where they begin no picture."""
+    return _signed(content, _IMAGE_SIGNATURES)
+
+
+def audio_ending(content: bytes) -> str | None:
+    """"wav", "flac", ... by a file's first bytes, None where they begin no sound."""
+    # An MP3 without tags starts with a frame: eleven bits that are set.
+    frame = len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0
+    return _signed(content, _AUDIO_SIGNATURES) or ("mp3" if frame else None)
 
 
 def load_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -1,17 +1,23 @@
 """What a modality is: everything that the rest of the project needs to know about one kind of medium, in one value.
 
 A modality is one file (its configuration, its tokenizer, a `Modality` at the end) and one line in
-tokenizers/modalities.py. The configuration's section, the stage that trains the tokenizer, the range of ids, loss
-weights, temperatures, flags, the reader of files, and the previews of pages are all made from it.
+tokenizers/modalities.py. The tokenizer may stand in a file of its own, as those of pictures and sounds do: what
+reads shards or flags then starts without torch. The configuration's section, the stage that trains the tokenizer, the
+range of ids, loss weights, temperatures, flags, the reader of files, and the previews of pages are all made from it.
 """
 
+from __future__ import annotations
+
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import BaseModel
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Preview(NamedTuple):
@@ -30,6 +36,7 @@ class MediaTokenizer(Protocol):
     """
 
     name: str
+    Config: ClassVar[type[BaseModel]]  # the configuration's section; the tokenizer is built from one
     config: BaseModel  # has steps, batch_size, learning_rate
 
     @property
@@ -58,24 +65,37 @@ class Modality:
     """One medium. All functions raise UserError on what they cannot read.
 
     name: of the configuration's section, the stage, the range of ids, and sample.py's flag; plural: in messages;
-    config: the section's model, `tokenizer(config)` makes the tokenizer; sized: whether its span of ids says height
-    and width (a picture), or is open and ends with an id of its own (a sound); value: what its Python values are, in
-    words; accepts: whether a Python value is one; suffixes: endings of files that people give, with the dot, the first
-    is the one that `save` writes; shard_endings: endings of shards' members, without the dot, never `npy`: those are
-    codes; load: path or bytes of a file -> a value, checked; save: a value -> the bytes of a file; preview: a value ->
-    what a page shows of it; measure: a value -> (what its length is measured in, how long it is).
+    tokenizer_class: a `MediaTokenizer`, as "module:class", imported when it is first used; sized: whether its span of
+    ids says height and width (a picture), or is open and ends with an id of its own (a sound); value: what its Python
+    values are, in words; accepts: whether a Python value is one; suffixes: endings of files that people give, with the
+    dot, the first is the one that `save` writes; shard_endings: endings of shards' members, without the dot, never
+    `npy`: those are codes; the first is the one that `to_shard` writes; ending_of: a file's bytes -> which ending of
+    `suffixes` they should have, without the dot, None where they are none of this modality's; load: path or bytes of a
+    file -> a value, checked; save, to_shard: a value -> the bytes of a file for people, or for a shard; preview: a
+    value -> what a page shows of it; measure: a value -> (what its length is measured in, how long it is).
     """
 
     name: str
     plural: str
-    config: type[BaseModel]
-    tokenizer: Callable[[BaseModel], MediaTokenizer]
+    tokenizer_class: str
     sized: bool
     value: str
     accepts: Callable[[object], bool]
     suffixes: tuple[str, ...]
     shard_endings: tuple[str, ...]
+    ending_of: Callable[[bytes], str | None]
     load: Callable[[object], object]
     save: Callable[[object], bytes]
+    to_shard: Callable[[object], bytes]
     preview: Callable[[object], Preview]
     measure: Callable[[object], tuple[str, float]]
+
+    @property
+    def tokenizer(self) -> type[MediaTokenizer]:
+        """`tokenizer(config)` makes one."""
+        return pkgutil.resolve_name(self.tokenizer_class)
+
+    @property
+    def config(self) -> type[BaseModel]:
+        """The model of the configuration's section."""
+        return self.tokenizer.Config

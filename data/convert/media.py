@@ -18,18 +18,16 @@ from PIL import Image
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert.samples import Dropped, Medium
-from onevocab.data.documents import UNDECODABLE, modality_of_ending
+from onevocab.data.documents import UNDECODABLE
 from onevocab.data.shards.format import MAX_MEMBER
 from onevocab.tokenizers.document import Part
-from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
+from onevocab.tokenizers.media import encode_audio
 from onevocab.tokenizers.modalities import MODALITIES
 
 VIDEO = "video"  # no modality: it becomes pictures, sounds and texts
 _SUFFIXES = {modality.name: modality.suffixes for modality in MODALITIES.values()} | {
     VIDEO: (".mp4", ".mov", ".mkv", ".webm")}
 KINDS = tuple(_SUFFIXES)  # of the files that records name
-_SIGNATURES = ((0, b"\x89PNG\r\n\x1a\n", "png"), (0, b"\xff\xd8\xff", "jpg"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"),
-               (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg"), (0, b"ID3", "mp3"), (0, b"BM", "bmp"))
 _URL = re.compile(r"((?:.*?://[^?#]*)|.*)(\?[^#]*)?", re.DOTALL)  # (all before the query, the query)
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -41,20 +39,8 @@ def suffix_of(name: str) -> str:
 
 def kind_of(name: str) -> str | None:
     """Which of KINDS a file is by its name's ending, None for anything else."""
-    return _kind_of_suffix(suffix_of(name))
-
-
-def _kind_of_suffix(suffix: str) -> str | None:
+    suffix = suffix_of(name)
     return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
-
-
-def ending_by_content(content: bytes) -> str | None:
-    """"png", "jpg", "flac", ... by a file's first bytes, None when they are unknown."""
-    for start, signature, ending in _SIGNATURES:
-        if content[start : start + len(signature)] == signature:
-            return ending
-    # An MP3 without tags starts with a frame: eleven bits that are set.
-    return "mp3" if len(content) > 1 and content[0] == 0xFF and content[1] & 0xE0 == 0xE0 else None
 
 
 def _check_suffix(name: str) -> None:
@@ -62,29 +48,25 @@ def _check_suffix(name: str) -> None:
         raise Dropped("unknown ending", name)
 
 
-# modality -> how a file's bytes are read, and what is read written as a file that shards take
-_CODERS = {"image": (load_image, lambda picture: Medium("png", encode_png(picture), True)),
-           "audio": (load_audio, lambda sound: Medium("flac", encode_audio(*sound), True))}
-
-
 def check(content: bytes, name: str, suffix: str | None = None) -> Part:
-    """The bytes of a picture or a sound -> (modality, Medium), decoded once to be sure. name: its path, whose
+    """The bytes of a file of media -> (modality, Medium), decoded once to be sure. name: its path, whose
     ending says what it should be unless `suffix` does; without one the bytes decide. Raises Dropped."""
     suffix = suffix_of(name) if suffix is None else suffix
     _check_suffix(suffix and name)
     if len(content) > MAX_MEMBER:
         raise Dropped("too large", f"{name} has {len(content):,} bytes, {MAX_MEMBER:,} are allowed")
-    ending = ending_by_content(content)
-    if ending is None:
-        what = "is empty" if not content else "is no picture or sound of a known kind"
+    modality, ending = next(((modality, ending) for modality in MODALITIES.values()
+                             if (ending := modality.ending_of(content))), (None, ""))
+    if modality is None:
+        what = "is empty" if not content else "is of no known kind"
         raise Dropped("unreadable media", f"{name} {what}")
-    modality = _kind_of_suffix(f".{ending}")
-    if suffix and _kind_of_suffix(suffix) != modality:
+    if suffix and suffix not in modality.suffixes:
         raise Dropped("wrong ending", f"{name} holds {ending}")
-    load, write = _CODERS[modality]
     try:
-        value = load(content)
-        return modality, Medium(ending, content) if modality_of_ending(ending) else write(value)
+        value = modality.load(content)
+        if ending in modality.shard_endings:
+            return modality.name, Medium(ending, content)
+        return modality.name, Medium(modality.shard_endings[0], modality.to_shard(value), True)
     except UNDECODABLE as error:
         raise Dropped("unreadable media", f"{name}: {error}") from None
 

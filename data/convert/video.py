@@ -15,8 +15,7 @@ from PIL import Image
 
 from onevocab.common.errors import UserError
 from onevocab.data.documents import UNDECODABLE
-from onevocab.tokenizers.audio import RATE
-from onevocab.tokenizers.media import MAX_PIXELS, MAX_SECONDS, to_rgb
+from onevocab.tokenizers.media import MAX_PIXELS, MAX_SECONDS, RATE, to_rgb
 
 MAX_FRAME_PIXELS = 1 << 24  # of a frame of mp4 and its like, whose decoders keep many at once
 MAX_ANIMATION_WORK, MAX_VIDEO_WORK = 10**10, 2 * 10**11  # pixels decoded of one file; ten minutes of 4K fit the second

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
-
 from onevocab.common.errors import UserError
 from onevocab.common.files import locked
 from onevocab.data.shards.format import Sample, list_shards
@@ -54,6 +52,8 @@ def list_sources(path) -> list[str]:
     folder holds the same shard compressed and not."""
     path, found = str(path), []
     if is_remote(path):
+        from webdataset.shardlists import expand_urls  # which imports torch
+
         with _failing(path):
             for url in expand_urls(path):
                 if "*" in url and not url.startswith(("http:", "https:")):

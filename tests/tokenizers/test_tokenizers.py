@@ -15,12 +15,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from onevocab.common.errors import UserError, invalid
-from onevocab.tokenizers.audio import RATE, AudioConfig, AudioTokenizer
+from onevocab.tokenizers.audio_tokenizer import AudioConfig, AudioTokenizer
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, conversation, decode_document, encode_document
-from onevocab.tokenizers.image import ImageConfig, ImageTokenizer
-from onevocab.tokenizers.media import encode_audio, encode_png, load_audio, load_image
+from onevocab.tokenizers.image_tokenizer import ImageConfig, ImageTokenizer
+from onevocab.tokenizers.media import RATE, encode_audio, encode_png, load_audio, load_image
 from onevocab.tokenizers.quantizers import CLASSES, QUANTIZERS
 from onevocab.tokenizers.quantizers.base import Quantizer
 from onevocab.tokenizers.quantizers.fsq import FiniteScalarQuantizer, FSQConfig
