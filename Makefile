@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	@echo "The page: file://$(CURDIR)/runs/demo/report/index.html"
 
 test: $(VENV)/.dev
-	$(RUN) python -m pytest $(PYTEST_ARGS)
+	$(RUN) python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 smoke: $(VENV)/.demo
 	$(RUN) $(ONE_THREAD) $(TORCHRUN) --nproc-per-node 2 train.py configs/smoke.toml

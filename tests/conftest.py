@@ -1,6 +1,7 @@
 """What all tests share: few threads, a torchaudio that imports, and one small trained run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch  # noqa: E402
 # transformers imports torchaudio, whose native part does not load beside every torch; the guard lets
 # the import succeed.
 import onevocab.tokenizers.torchaudio_guard  # noqa: E402, F401
+from onevocab.common.files import locked  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
@@ -62,25 +64,20 @@ def train(*words, launcher=()) -> subprocess.CompletedProcess:
 def smoke_run(tmp_path_factory) -> Path:
     """The folder of a run of `configs/smoke.toml`, every stage, trained once on two ranks.
 
-    Tests read it; only the report may be written into it.
+    Tests read it; only the report may be written into it. pytest-xdist's workers share the training, not the folder.
     """
-    run = tmp_path_factory.mktemp("runs") / "smoke"
-    # --standalone takes a free port.
-    run_command(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "train.py",
-            "configs/smoke.toml",
-            f"--folder={run}",
-        ],
-        timeout=420,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    shared, run = tmp_path_factory.getbasetemp(), tmp_path_factory.mktemp("runs") / "smoke"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    trained = shared / "trained"
+    with locked(shared / "trained.lock"):
+        if not (trained / "done").exists():
+            # --standalone takes a free port.
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            run_command([*launcher, "train.py", "configs/smoke.toml", f"--folder={trained / 'smoke'}"], timeout=420,
+                        env={**os.environ, "OMP_NUM_THREADS": "1"})
+            (trained / "done").touch()
+    shutil.copytree(trained / "smoke", run)
     return run
 
 

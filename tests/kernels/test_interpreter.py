@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, run_command
 from scratch import link_package
 
+INTERPRETED = Path(__file__).parent / "interpreter"
 LIMIT = 300  # seconds for the tests of one fault; one that makes them hang has not been noticed
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
@@ -46,14 +47,15 @@ def test_the_page_lists_all_deliberate_faults():
 
 
 @needs_triton
-def test_triton_kernels_under_the_interpreter():
+@pytest.mark.parametrize("path", sorted(INTERPRETED.glob("test_*_triton.py")), ids=lambda path: path.stem)
+def test_triton_kernels_under_the_interpreter(path):
     output = run_command(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreter"],
-        timeout=300,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
+        timeout=600,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     passed = int(re.search(r"(\d+) passed", output)[1])
-    assert passed >= 100 and " skipped" not in output, output[-2000:]
+    assert passed >= 10 and " skipped" not in output, output[-2000:]
 
 
 @needs_triton
