@@ -44,9 +44,9 @@ def differentiated(call: Callable, inputs: tuple[Tensor, ...], differentiable: i
 
 def values(work: Work, call: Callable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What of the call is compared: its outputs as `work.compared` sees them, and its gradients."""
-    found = differentiated(call, inputs, work.differentiable)
-    n = len(found) - work.differentiable
-    return *as_tuple(work.compared(found[:n] if n > 1 else found[0], inputs)), *found[n:]
+    results = differentiated(call, inputs, work.differentiable)
+    n = len(results) - work.differentiable
+    return *as_tuple(work.compared(results[:n] if n > 1 else results[0], inputs)), *results[n:]
 
 
 def require_triton(operations: tuple[str, ...]) -> None:
@@ -56,9 +56,9 @@ def require_triton(operations: tuple[str, ...]) -> None:
             raise UserError(f"{name} ran as {choice.backend} ({choice.reason}), not as triton: nothing was timed")
 
 
-def errors_of(work: Work, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+def errors_of(work: Work, results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """The error of each value: its largest, or for a network a single relative one."""
-    apart = zip(found, exact, strict=True)
+    apart = zip(results, exact, strict=True)
     if work.whole:
         return [max(((got.double() - value).norm() / value.norm()).item() for got, value in apart)]
     return [(got.double() - value).abs().max().item() for got, value in apart]
@@ -66,10 +66,10 @@ def errors_of(work: Work, found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) 
 
 def bounds_of(work: Work, inputs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """For each compared value the largest error allowed: twice that of the definition in working precision."""
-    found = values(work, work.definition, inputs)
-    bounds = [2 * error for error in errors_of(work, found, exact)]
+    reference = values(work, work.definition, inputs)
+    bounds = [2 * error for error in errors_of(work, reference, exact)]
     for i in range(len(bounds)):
-        kind = found[i].dtype if found[i].is_floating_point() else torch.float32
+        kind = reference[i].dtype if reference[i].is_floating_point() else torch.float32
         if kind == torch.float64 and inputs[0].is_floating_point():
             kind = inputs[0].dtype  # compared in float64, computed from these
         scale = 1.0 if work.whole else exact[i].abs().max().item()
@@ -92,9 +92,9 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
         labels = ["the worst of loss and gradients"]
     report: dict[str, dict] = {}
     for name, call in calls.items():
-        note, found = {}, None
+        note, results = {}, None
         try:
-            found = values(work, call, inputs)
+            results = values(work, call, inputs)
             if name == OURS and inputs[0].device.type == "cuda":
                 require_triton(work.operations)
         except Exception as error:  # a peer that cannot do this, in whatever way; perhaps it can without gradients
@@ -106,20 +106,20 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
                 torch.cuda.empty_cache()
             try:
                 with torch.no_grad():
-                    found = as_tuple(work.compared(call(*inputs), inputs))
+                    results = as_tuple(work.compared(call(*inputs), inputs))
             except Exception:
                 report[name] = {"failed": note["forward only"]}
                 continue
         # one that is forward only has fewer values: the gradients, which come last, are missing
-        expected = exact[: len(found)] if note else exact
+        expected = exact[: len(results)] if note else exact
         errors = [error / max(bound, 1e-300)
-                  for error, bound in zip(errors_of(work, found, expected), bounds, strict=not note)]
+                  for error, bound in zip(errors_of(work, results, expected), bounds, strict=not note)]
         worst, label = max((math.inf if math.isnan(error) else error, label)
                            for error, label in zip(errors, labels[: len(errors)], strict=True))
         report[name] = {"worst_error_over_bound": worst, **note}
         if name == OURS:
             report[name]["backend"] = backend_note(work.operations)
-        del found
+        del results
         if worst > 1:
             if name == OURS:
                 raise UserError(f"ours is wrong: {label} is off by {worst:.2f} times the bound; nothing was timed")

@@ -121,7 +121,7 @@ def energon(path: Path, decode: bool) -> Callable[[], Iterator] | None:
 
 def ways(path: Path) -> dict[str, dict]:
     """{"raw" | "decoded": {name: what begins to read the shard}}; the names of webdataset's begin with its own."""
-    found = {
+    readers = {
         "raw": {
             "webdataset": lambda: from_webdataset(path),
             "ours": lambda: read_indexed(path),
@@ -139,8 +139,8 @@ def ways(path: Path) -> dict[str, dict]:
     for kind, decode, name in (("raw", False, "energon"), ("decoded", True, "energon, our decoder")):
         begin = energon(path, decode)
         if begin:
-            found[kind][name] = begin
-    return found
+            readers[kind][name] = begin
+    return readers
 
 
 # ------------------------------------------------------------------------------------------------ damaged samples
@@ -245,10 +245,10 @@ def check(path: Path) -> int:
     for kind, readers in ways(path).items():
         expected = [comparable(sample) for sample in readers["webdataset"]()]
         for name, begin in readers.items():
-            found = [comparable(sample) for sample in begin()]
+            read_back = [comparable(sample) for sample in begin()]
             if name == "ours, random order":  # the shard's keys are in alphabetical order
-                found.sort(key=lambda sample: sample[0])
-            if found != expected:
+                read_back.sort(key=lambda sample: sample[0])
+            if read_back != expected:
                 raise UserError(f"{kind}: webdataset and '{name}' give different samples: nothing was timed")
     return len(expected)
 
@@ -296,17 +296,17 @@ def main(argv: list[str] | None = None) -> None:
             calls = {name: lambda _, begin=begin: deque(begin(), maxlen=0) for name, begin in readers.items()}
             times = measure.time_all(calls, torch.device("cpu"), math.inf, args.repetitions)
             results[kind] = ratios({name: [samples / t for t in taken] for name, taken in times.items()})
-            for name, found in results[kind].items():
-                low, high = found["ratio_quartiles"]
-                print(f"{kind:8} {name:24} {found['samples_per_second']:>9,} samples/s   {found['ratio']:.2f}x "
+            for name, row in results[kind].items():
+                low, high = row["ratio_quartiles"]
+                print(f"{kind:8} {name:24} {row['samples_per_second']:>9,} samples/s   {row['ratio']:.2f}x "
                       f"(quartiles {low:.2f} .. {high:.2f})")
         calls = {name: lambda _, shard=shard: deque(usable(shard), maxlen=0)
                  for name, shard in (("whole", path), ("damaged", broken))}
         times = measure.time_all(calls, torch.device("cpu"), math.inf, args.repetitions)
-        found = sum(isinstance(turns, Exception) for turns, _ in usable(broken))
+        n_refused = sum(isinstance(turns, Exception) for turns, _ in usable(broken))
         loss = statistics.median(b / a for a, b in zip(times["whole"], times["damaged"], strict=True)) - 1
-        if found != bad:
-            raise UserError(f"{found} of {bad} bad samples were noticed")
+        if n_refused != bad:
+            raise UserError(f"{n_refused} of {bad} bad samples were noticed")
         print(f"damaged: {bad} of {samples} samples are bad and noticed; time {loss:+.1%}")
         loader = loader_numbers(Path(folder))
         print(f"loader: {loader}")

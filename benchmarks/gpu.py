@@ -36,7 +36,7 @@ LEAST = {"cuda": 75, "cpu": 5}  # seconds: less is not enough for a preset's che
 RESERVED = 75  # seconds for the memory checker, on a GPU
 
 
-def found() -> tuple[dict[str, dict[str, Preset]], list[str]]:
+def discover() -> tuple[dict[str, dict[str, Preset]], list[str]]:
     """benchmark -> its presets, of every module that has some; and what kept others from being imported."""
     benchmarks, problems = {}, []
     for name in modules.names():
@@ -106,13 +106,13 @@ def sanitize(kernels: list[str], seconds: float) -> tuple[str, bool]:
     except subprocess.TimeoutExpired:
         return f"not finished within {seconds:.0f} s", False
     output = done.stdout + done.stderr
-    found = re.findall(r"ERROR SUMMARY:.*", output)
-    if not found:
+    summaries = re.findall(r"ERROR SUMMARY:.*", output)
+    if not summaries:
         return f"did not run here (exit {done.returncode}): " + output.strip()[-200:], False
-    wrong = [line for line in found if " 0 errors" not in line]
+    wrong = [line for line in summaries if " 0 errors" not in line]
     if not wrong and done.returncode:
-        return f"{found[-1]}, but exit {done.returncode}: " + output.strip()[-200:], True
-    return (wrong or found)[-1], bool(wrong)
+        return f"{summaries[-1]}, but exit {done.returncode}: " + output.strip()[-200:], True
+    return (wrong or summaries)[-1], bool(wrong)
 
 
 def targets_table(results: dict[str, dict]) -> str:
@@ -186,7 +186,7 @@ def measure_all(args: argparse.Namespace) -> None:
     page = args.out / f"targets-{label}.md"
     print(f"{label}, torch {torch.__version__}; {args.minutes:g} minutes", flush=True)
     results = {name: read_json(args.out / f"{name}-{label}.json") for name in args.kept}
-    benchmarks, missing = found()
+    benchmarks, missing = discover()
     problems, left_out = list(dict.fromkeys([*args.problem, *missing])), list(args.left_out)
     queue = plan(benchmarks)
     for i, (name, title, share) in enumerate(queue):

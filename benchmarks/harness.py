@@ -129,9 +129,9 @@ def judge(targets: list[Target], rows: list[dict], ceilings: dict[str, float]) -
     """Each target beside what was measured; `met` is None when a side of it did not run."""
     verdicts = []
     for target in targets:
-        found = {row["provider"]: row for row in rows if row["step"] == target.step}
-        peers = [found[name] for name in target.against if name in found]
-        ours, measured = found.get(OURS), None
+        at_target = {row["provider"]: row for row in rows if row["step"] == target.step}
+        peers = [at_target[name] for name in target.against if name in at_target]
+        ours, measured = at_target.get(OURS), None
         if ours and target.quantity == "copy":
             measured = ours["bytes_per_second"] / ceilings["copy_bytes_per_second"]
         elif ours and target.quantity == "mfu" and ceilings["nominal_flops_per_second"]:
@@ -168,23 +168,25 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
         print(f"{name} {title}: {', '.join(f'{k} {v}' for k, v in size.items())}, {kind}, {device.type}", flush=True)
         alone = work.whole and device.type == "cpu" and not tiny
         process = partial(memory.of_step, name, title, kind, size) if alone else None
-        found = measure_preset(work, device, seconds, repetitions, only, just_check, tiny, process)
-        for peer, each in found["checked"].items():
+        measured = measure_preset(work, device, seconds, repetitions, only, just_check, tiny, process)
+        for peer, each in measured["checked"].items():
             error = each.get("worst_error_over_bound")
             note = f"; forward only: {each['forward only']}" if "forward only" in each else ""
             print(f"  {peer}: " + (f"error {error:.2f} of the bound{note}" if error is not None else "failed"))
-        for peer, reason in found["not_run"].items():
+        for peer, reason in measured["not_run"].items():
             print(f"  not run: {peer}: {reason}")
-        for row in found["rows"]:
+        for row in measured["rows"]:
             print(f"  {LONG_TO_SHORT.get(row['step'], row['step']):27} {row['provider']:32} "
                   f"{row['seconds'] * 1e3:10.3f} ms  {row['times_ours']:6.2f}x ours  "
                   f"{row['flops_per_second'] / 1e12:8.3f} TFLOP/s {row['bytes_per_second'] / 1e9:8.1f} GB/s "
                   f"{row['peak_bytes'] / 2**20:8.0f} MiB"
                   + (f" {row['tokens_per_second']:10,.0f} tokens/s" if "tokens_per_second" in row else ""), flush=True)
-        targets = [] if tiny or just_check else judge(preset.targets.get(device.type, []), found["rows"], limits[kind])
+        targets = [] if tiny or just_check else judge(preset.targets.get(device.type, []), measured["rows"],
+                                                      limits[kind])
         result["presets"][title] = {
             "description": preset.description, "shape": size, "dtype": kind, "notes": work.notes,
-            "backend": found["checked"][OURS]["backend"], "ceilings": limits.get(kind), **found, "targets": targets,
+            "backend": measured["checked"][OURS]["backend"], "ceilings": limits.get(kind), **measured,
+            "targets": targets,
         }
         if device.type == "cuda":
             torch.cuda.empty_cache()

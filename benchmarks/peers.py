@@ -30,16 +30,16 @@ class Peer(NamedTuple):
 
 def versions() -> str:
     """Of the peers that are installed."""
-    found = []
+    installed = []
     for name in ("transformers", "litgpt", "torchtitan"):
         try:
-            found.append(f"{name} {version(name)}")
+            installed.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return ", ".join(found) or "no peers installed"
+    return ", ".join(installed) or "no peers installed"
 
 
-def found(what: str, name: str, how: str):
+def require(what: str, name: str, how: str):
     """The module, or Unavailable with how to install it."""
     try:
         import_module("onevocab.tokenizers.torchaudio_guard")  # first: transformers and lightning import torchaudio
@@ -51,7 +51,7 @@ def found(what: str, name: str, how: str):
 def transformers(config, vocabulary: int, padded: bool = False) -> Peer:
     """Hugging Face's, its attention is SDPA. Packed rows come with a dense mask, made before the clock starts: from
     position ids alone it makes the same mask itself in every step."""
-    theirs = found("transformers", "transformers", "pip install 'onevocab[dev]'")
+    theirs = require("transformers", "transformers", "pip install 'onevocab[dev]'")
     model = theirs.Qwen3ForCausalLM(theirs.Qwen3Config(**qwen3_config(config, vocabulary)))
 
     def logits(run, batch):
@@ -84,7 +84,7 @@ def widened(peer: Peer) -> Peer:
 
 def litgpt(config, vocabulary: int) -> Peer:
     """Its blocks take a mask and positions' cosines; its own forward offers neither in training, so we call them."""
-    theirs = found("litgpt", "litgpt.model", LITGPT)
+    theirs = require("litgpt", "litgpt.model", LITGPT)
 
     class Packed(theirs.GPT):
         def forward(self, ids, positions, mask):
@@ -126,7 +126,7 @@ class MaskedSDPA(nn.Module):
 def torchtitan(config, vocabulary: int) -> Peer:
     """With SDPA and a dense mask in its place for attention: of its own two, FlexAttention has no backward pass on a
     CPU, and varlen is a CUDA kernel."""
-    theirs = found("torchtitan", "torchtitan.models.qwen3", TORCHTITAN)
+    theirs = require("torchtitan", "torchtitan.models.qwen3", TORCHTITAN)
     titan = import_module("torchtitan.models.common")
     layers = theirs._build_qwen3_layers(
         n_layers=config.layers, dim=config.dim, n_heads=config.heads, n_kv_heads=config.kv_heads,

@@ -166,7 +166,7 @@ def error_of(job: Job) -> tuple[float, str | None]:
         ready.call()
         measure.synchronize(given.q.device)
         pairs = zip(ready.filled, exact, strict=False)  # lse is not compared
-        errors = [((found.double() - value).norm() / value.norm()).item() for found, value in pairs]
+        errors = [((result.double() - value).norm() / value.norm()).item() for result, value in pairs]
         return max(math.inf if math.isnan(error) else error for error in errors), None
     except Exception as error:
         return math.inf, first_line(error)
@@ -194,20 +194,20 @@ def median(call: Callable[[], object], device: torch.device, repetitions: int) -
 
 def time_peers(given: Problem, repetitions: int) -> dict[str, float]:
     """Milliseconds of SDPA's backends on plain causal rows, forward and backward, of those that run here."""
-    found = {}
+    times = {}
     leaves = [x.detach().requires_grad_() for x in given[:3]]
     for name, backend in PEERS.items():
         try:
             run = sdpa(backend)
             with torch.no_grad():
-                found[f"{name} forward"] = median(lambda: run(*leaves), given.q.device, repetitions)  # noqa: B023
+                times[f"{name} forward"] = median(lambda: run(*leaves), given.q.device, repetitions)  # noqa: B023
             out = run(*leaves)
-            found[f"{name} backward"] = median(
+            times[f"{name} backward"] = median(
                 lambda: torch.autograd.grad(out, leaves, given.grad, retain_graph=True),  # noqa: B023
                 given.q.device, repetitions)  # fmt: skip
         except Exception as error:
             print(f"  not run: {name}: {first_line(error)}", flush=True)
-    return found
+    return times
 
 
 def time_shape(title: str, dim: int, given: Problem, right: dict, deadline: float, repetitions: int) -> list[dict]:

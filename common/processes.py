@@ -14,13 +14,13 @@ MAX_SAID = 10_000  # characters of an error
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are, from torchrun's RANK and WORLD_SIZE (or yours); (0, 1) without.
     Raises UserError when they are no such numbers."""
-    found = []
+    numbers = []
     for variable, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
         value = os.environ.get(variable, default)
         if not value.isdecimal():
             raise UserError(f"the environment's {variable} is {value!r}, no number; start with torchrun, or unset it")
-        found.append(int(value))
-    rank, world = found
+        numbers.append(int(value))
+    rank, world = numbers
     if rank >= world:
         raise UserError(f"RANK {rank} of WORLD_SIZE {world}: ranks count from 0; set both, or neither")
     return rank, world

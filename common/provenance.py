@@ -14,13 +14,13 @@ PACKAGES = ("onevocab", "torch", "torchaudio", "numpy", "pillow", "rustbpe", "ti
 
 def versions() -> dict[str, str]:
     """Python's and the installed packages' versions."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def device() -> str:
@@ -61,8 +61,8 @@ def first_difference(before: dict, after: dict, path: str = "") -> str:
     for key in sorted(before.keys() | after.keys()):
         one, two = before.get(key), after.get(key)
         if isinstance(one, dict) and isinstance(two, dict):
-            if found := first_difference(one, two, f"{path}{key}."):
-                return found
+            if difference := first_difference(one, two, f"{path}{key}."):
+                return difference
         elif one != two:
             return f"{path}{key}: {one} then, {two} now"
     return ""

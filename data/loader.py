@@ -160,11 +160,11 @@ class PackedLoader:
 
     def per_source(self) -> list[tuple[str, int, int, float]]:
         """(path, documents, tokens, how often an epoch shows each) of each source."""
-        found, first = [], 0
+        counts, first = [], 0
         for source, n, slots in zip(self.sources, self._counts, self._slots, strict=True):
-            found.append((source.path, n, int(self._cache.length[first : first + n].sum()), slots / n))
+            counts.append((source.path, n, int(self._cache.length[first : first + n].sum()), slots / n))
             first += n
-        return found
+        return counts
 
     # ------------------------------------------------------------------------------------------------ order
 

@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     stats = tokenize_shards(shards, args.out, tokenizers, rank, world, **options)
     print(f"rank {rank}: {stats.samples} samples, {stats.media} pictures and sounds into {stats.shards} shards in "
           f"{args.out}; {stats.skipped} shards were there already, {stats.bad} bad samples left out")
-    if world > 1 and (found := check_all(shards, args.out, args.max_bad_fraction)):
-        print(f"all ranks: {found[0] - found[1]:,} samples, {found[1]:,} bad ones left out")
+    if world > 1 and (counts := check_all(shards, args.out, args.max_bad_fraction)):
+        print(f"all ranks: {counts[0] - counts[1]:,} samples, {counts[1]:,} bad ones left out")
 
 
 if __name__ == "__main__":

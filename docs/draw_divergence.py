@@ -79,17 +79,17 @@ def draw(cases: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    run, found = Path(sys.argv[1]), {}
+    run, cases = Path(sys.argv[1]), {}
     for name, settings in CASES.items():
         lines = case(run, *settings)
         for line in lines:
             losses = [value for key, value in line.items() if key.startswith("loss_")]
             if losses:
                 line["loss"] = sum(losses) / len(losses)
-        found[name] = [{key: round(line[key], 5) for key in ("step", *PANELS) if key in line} for line in lines]
-    write_json(DOCS / "images" / "divergence.json", {"cases": found, "provenance": provenance()})
-    draw(found, DOCS / "images" / "divergence.png")
-    print(json.dumps({name: lines[-1] for name, lines in found.items()}, indent=1))
+        cases[name] = [{key: round(line[key], 5) for key in ("step", *PANELS) if key in line} for line in lines]
+    write_json(DOCS / "images" / "divergence.json", {"cases": cases, "provenance": provenance()})
+    draw(cases, DOCS / "images" / "divergence.png")
+    print(json.dumps({name: lines[-1] for name, lines in cases.items()}, indent=1))
 
 
 if __name__ == "__main__":

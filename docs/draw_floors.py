@@ -50,11 +50,11 @@ def implied(pairs: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 def sizes() -> dict[str, tuple[int, int]]:
     """folder -> (modules, lines)."""
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for folder, path in modules():
-        count, lines = found.get(folder, (0, 0))
-        found[folder] = count + 1, lines + len(path.read_text(encoding="utf-8").splitlines())
-    return found
+        count, lines = counts.get(folder, (0, 0))
+        counts[folder] = count + 1, lines + len(path.read_text(encoding="utf-8").splitlines())
+    return counts
 
 
 def box(axes: Axes, x: float, y: float, width: float, name: str, size: tuple[int, int]) -> None:
@@ -64,8 +64,8 @@ def box(axes: Axes, x: float, y: float, width: float, name: str, size: tuple[int
                                   linewidth=1.0))
     title = SCRIPTS.get(name, f"{name}/")
     axes.text(x, y + 0.11, title, ha="center", va="center", fontsize=11, weight="bold", zorder=4)
-    said = f"{lines:,} lines" if name in SCRIPTS else f"{count} modules, {lines:,} lines"
-    axes.text(x, y - 0.15, said, ha="center", va="center", fontsize=7.5, color="#444444", zorder=4)
+    text = f"{lines:,} lines" if name in SCRIPTS else f"{count} modules, {lines:,} lines"
+    axes.text(x, y - 0.15, text, ha="center", va="center", fontsize=7.5, color="#444444", zorder=4)
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], faint: bool) -> None:
@@ -92,8 +92,8 @@ def main() -> None:
         else:
             box(axes, x, y, WIDTH, name, size[name])
     without = sorted(set(size) - {one for one, two in imports if two == GROUND} - {GROUND})
-    said = f"All import {GROUND}/" + (f" but {', '.join(without)}" if without else "")
-    axes.text(right / 2, -0.62, f"Arrows are imports. A light one goes where dark ones also lead. {said}.", ha="center",
+    note = f"All import {GROUND}/" + (f" but {', '.join(without)}" if without else "")
+    axes.text(right / 2, -0.62, f"Arrows are imports. A light one goes where dark ones also lead. {note}.", ha="center",
               fontsize=8.5, color="#444444")
     axes.set(xlim=(-0.1, right + 0.1), ylim=(-0.8, len(levels) - 0.5))
     axes.axis("off")

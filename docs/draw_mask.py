@@ -37,12 +37,12 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def kinds(plan: torch.Tensor, n: int) -> torch.Tensor:
     """A plan (blocks, 4 or 8) as (blocks, n): 0 skipped, 1 visited with mask arithmetic, 2 visited without."""
-    found = torch.zeros(len(plan), n, dtype=torch.long)
+    classes = torch.zeros(len(plan), n, dtype=torch.long)
     for block, row in enumerate(plan.tolist()):
         for lo, full_lo, full_hi, hi in (row[:4], row[4:]) if len(row) == 8 else (row,):
             for other in range(lo, hi):
-                found[block, other] = max(int(found[block, other]), 2 if full_lo <= other < full_hi else 1)
-    return found
+                classes[block, other] = max(int(classes[block, other]), 2 if full_lo <= other < full_hi else 1)
+    return classes
 
 
 def panel(axes, visible: torch.Tensor, blocks: torch.Tensor | None, title: str) -> None:

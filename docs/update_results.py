@@ -63,13 +63,13 @@ def table(reports: dict[str, dict]) -> str:
     def key(row: dict) -> tuple:
         return row["task"], row["split"], row["metric"]
 
-    found = [{key(row): row for row in report["results"]} for report in shown]
+    tables = [{key(row): row for row in report["results"]} for report in shown]
     for row in shown[0]["results"]:
         if ": " in row["metric"]:  # by kind of question, edit or wording: in the committed file and on the page
             continue
-        same = [rows[key(row)] for rows in found if key(row) in rows]
+        same = [rows[key(row)] for rows in tables if key(row) in rows]
         tokenizer = [cell(each.get("ceiling_tokenizer")) for each in same]
-        cells = [*key(row), *(_scored(rows[key(row)]) if key(row) in rows else "–" for rows in found),
+        cells = [*key(row), *(_scored(rows[key(row)]) if key(row) in rows else "–" for rows in tables),
                  cell(row.get("chance")), cell(row.get("ceiling_original")),
                  " / ".join(tokenizer) if set(tokenizer) != {"–"} else "–", cell(row.get("n"))]
         lines.append("| " + " | ".join(cells) + " |")
@@ -101,17 +101,17 @@ def speeds(results: dict[str, dict], folder: str, aims: bool = False) -> str:
         commands: dict[str, None] = {}
         for name, result in of_device.items():
             kept = ", memory kept" if result["command"].startswith("MALLOC_") else ""
-            for preset, found in result["presets"].items():
-                if aims and not found["targets"]:
+            for preset, measured in result["presets"].items():
+                if aims and not measured["targets"]:
                     continue
-                for row in found["rows"]:
+                for row in measured["rows"]:
                     if row["provider"] != "ours" or row["step"].startswith(("fresh", "backward")):
                         continue
-                    others = [other for other in found["rows"] if other["step"] == row["step"]]
+                    others = [other for other in measured["rows"] if other["step"] == row["step"]]
                     step = {"both": "forward + backward"}.get(row["step"], row["step"])
                     time, memory = short(row["seconds"] * 1e3), short(row["peak_bytes"] / 2**20)
                     lines.append(f"| [{result['benchmark']}]({folder}{name}.md), {preset}{kept} | {step} | "
-                                 f"{found['dtype']} | {time} | {memory} | {_speeds(row, others)} |")
+                                 f"{measured['dtype']} | {time} | {memory} | {_speeds(row, others)} |")
                     commands[f"`{result['command']}`, {result['date']}"] = None
         versions = next(iter(of_device.values()))["versions"]
         lines += ["", f"torch {versions['torch']}; " + "; ".join(commands), ""]
@@ -128,8 +128,8 @@ def readers(result: dict) -> str:
              f"`{result['command'].strip()}`, {result['date']}, {versions}. *decoded* gives RGB arrays and parsed "
              "JSON; ratios are to the faster way of webdataset; energon is read through its loader, which also keeps "
              "what it needs to restore each sample.", "", "| | samples/s | of webdataset's |", "|---|---:|---:|"]
-    lines += [f"| {kind}: {name} | {found['samples_per_second']:,} | {found['ratio']:.2f}x |"
-              for kind, ways in result["results"].items() for name, found in ways.items()]
+    lines += [f"| {kind}: {name} | {times['samples_per_second']:,} | {times['ratio']:.2f}x |"
+              for kind, ways in result["results"].items() for name, times in ways.items()]
     lines += ["", f"- {damaged['bad']} bad samples among {damaged['samples']:,}, all noticed: "
               f"{damaged['more_time']:+.1%} time.",
               f"- Rows of {loader['seq_len']:,} tokens out of {loader['samples']:,} samples of a mixed set (texts, "
@@ -171,9 +171,9 @@ def last_losses(metrics: Path) -> dict[str, dict[str, float]]:
     """Of each language stage: its last losses by modality, nats a token."""
     losses = {}
     for line in read_metrics(metrics):
-        found = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
-        if found:
-            losses[line["stage"]] = {"step": line["step"], **found}
+        values = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
+        if values:
+            losses[line["stage"]] = {"step": line["step"], **values}
     return losses
 
 
@@ -192,8 +192,8 @@ def main() -> None:
         if name == "demo":
             files.write_atomic(PICTURE, (arguments.run / "report" / "gallery.png").read_bytes())
         files.write_atomic(RESULTS / f"{name}.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    for path, found in pages().items():
-        files.write_atomic(path, fill(path.read_text(encoding="utf-8"), found))
+    for path, contents in pages().items():
+        files.write_atomic(path, fill(path.read_text(encoding="utf-8"), contents))
     print("filled the tables of " + " and ".join(str(path) for path in pages()))
 
 

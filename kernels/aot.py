@@ -41,8 +41,8 @@ TIMEOUT = 600  # seconds for a case
 
 def operations() -> dict[str, ModuleType]:
     """folder -> its `aot` module, of every folder of `kernels/` that has one."""
-    found = sorted(path.parent.name for path in FOLDER.glob("*/aot.py"))
-    return {folder: import_module(f"onevocab.kernels.{folder}.aot") for folder in found}
+    folders = sorted(path.parent.name for path in FOLDER.glob("*/aot.py"))
+    return {folder: import_module(f"onevocab.kernels.{folder}.aot") for folder in folders}
 
 
 OPERATIONS = operations()
@@ -118,8 +118,8 @@ def usage(cubin: bytes) -> dict[str, int]:
         resources = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True,
                                    check=True).stdout
         code = subprocess.run([tools / "nvdisasm", path], capture_output=True, text=True, check=True).stdout
-    found = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", resources)}
-    return found | {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
+    counts = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", resources)}
+    return counts | {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
 
 
 def compile_case(name: str, target: int) -> list[dict]:
@@ -162,27 +162,27 @@ def in_process(name: str, target: int) -> list[dict]:
 
 def problems(table: dict[str, dict[str, list[dict]]]) -> list[str]:
     """What of the table breaks a rule: too much shared memory; spills, or no warpgroup products, in a main case."""
-    found = []
+    faults = []
     for name, targets in table.items():
         for target, rows in targets.items():
             for row in rows:
                 where = f"{name}, sm_{target}, {row['kernel']}"
                 if row["shared"] > SHARED_LIMIT[int(target)]:
-                    found.append(f"{where}: {row['shared']:,} B of shared memory, limit {SHARED_LIMIT[int(target)]:,}")
+                    faults.append(f"{where}: {row['shared']:,} B of shared memory, limit {SHARED_LIMIT[int(target)]:,}")
                 if name in MAIN and target == "90":
                     if row["LDL"] or row["STL"]:
-                        found.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
+                        faults.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
                     if row["kernel"] not in WITHOUT_PRODUCTS and not row["HGMMA"]:
-                        found.append(f"{where}: no warpgroup matrix products")
-    return found
+                        faults.append(f"{where}: no warpgroup matrix products")
+    return faults
 
 
-def write_table(folder: str, version: str, found: dict[str, dict[str, list[dict]]]) -> None:
+def write_table(folder: str, version: str, compiled: dict[str, dict[str, list[dict]]]) -> None:
     """The committed table of one operation: what was found now, and the other cases' entries of the same Triton."""
     path = table_path(folder)
     old = read_json(path) if path.exists() else {}
     kept = old.get("cases", {}) if old.get("triton") == version else {}  # of another version: all anew
-    cases = {name: {**kept.get(name, {}), **found.get(name, {})} for name in OPERATIONS[folder].CASES}
+    cases = {name: {**kept.get(name, {}), **compiled.get(name, {})} for name in OPERATIONS[folder].CASES}
     write_json(path, {"triton": version, "cases": {name: targets for name, targets in cases.items() if targets}})
 
 

@@ -27,14 +27,14 @@ def config(table: Table, operation: str, width: int, dtype: torch.dtype, device:
     capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if capability == 12:  # consumer Blackwell: shared memory as on Ampere, no warpgroup products
         capability = 8
-    found, best = None, (0, 0)
+    chosen, best = None, (0, 0)
     for (name, widest, size, major), row in table.items():
         if name == operation and size in (0, dtype.itemsize) and widest >= width and major <= capability:
-            if found is None or (major, -widest) > best:
-                found, best = row, (major, -widest)
-    if found is None:
+            if chosen is None or (major, -widest) > best:
+                chosen, best = row, (major, -widest)
+    if chosen is None:
         raise ValueError(f"{operation}: no config for width {width}, {dtype}, capability {capability}")
-    return {**found, **_forced.get(operation, {})}
+    return {**chosen, **_forced.get(operation, {})}
 
 
 @contextmanager

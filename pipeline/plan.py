@@ -44,15 +44,15 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
 
     with torch.device("meta"):
         model = network(config.model.layers, vocabulary.size)
-    found = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
+    lines = [f"{si(sum(p.numel() for p in model.parameters()))} parameters; a vocabulary of {vocabulary.size:,} ids "
              f"({origin})"]
     for name, stage in (("pretrain", config.pretrain), ("instruct", config.instruct)):
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
-        found += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
+        lines += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
                              lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
         if list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
-            found += _source_lines(config, stage)
-    return found
+            lines += _source_lines(config, stage)
+    return lines
 
 
 def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:

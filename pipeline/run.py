@@ -69,8 +69,8 @@ class Run:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
             self.kept = list(self.source.vocabulary().spans)
-            found = distributed.all_or_raise(lambda: self.source.identity() if self.main else None)
-            tokenizers, weights = distributed.broadcast(found)
+            identity = distributed.all_or_raise(lambda: self.source.identity() if self.main else None)
+            tokenizers, weights = distributed.broadcast(identity)
             made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
             begun = {"init": weights}
         self.trained = [name for name in config.modalities if name not in self.kept]
@@ -114,11 +114,11 @@ class Run:
             for path in (self.folder / stage.name / "done.json", self.folder / stage.name / "started.json"):
                 if not path.exists():
                     continue
-                found = read_json(path)
-                if not isinstance(found, dict) or not isinstance(found.get("made_of", {}), dict):
+                old = read_json(path)
+                if not isinstance(old, dict) or not isinstance(old.get("made_of", {}), dict):
                     raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
-                if found.get("hash") != record["hash"]:
-                    change = first_difference(found.get("made_of", {}), made_of)
+                if old.get("hash") != record["hash"]:
+                    change = first_difference(old.get("made_of", {}), made_of)
                     later = ", ".join(later.name for later in self.stages[len(records) :])
                     raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
                                     f"use another --folder, or remove {path.parent}"

@@ -27,11 +27,11 @@ def texts(shards: list[str], limit: int) -> Iterator[str]:
 
 def media_files(shards: list[str], limit: int, modality: str) -> Iterator[bytes]:
     """The files of one modality in about `limit` samples that have one."""
-    found = 0
+    count = 0
     for sample in _samples(shards, limit * 3):
         for ending, content in sample.members.items():
             if modality_of_ending(ending) == modality:
                 yield content
-                found += 1
-        if found >= limit:
+                count += 1
+        if count >= limit:
             return

@@ -139,9 +139,9 @@ def _last_pair(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | N
     """The two parts from which tiktoken's merging makes a piece; None when it does not."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     while len(parts) > 2:
-        found = min(((ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks), default=None)
-        if found is None:
+        merge = min(((ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks), default=None)
+        if merge is None:
             return None
-        at = found[1]
+        at = merge[1]
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return tuple(parts) if len(parts) == 2 else None

@@ -188,9 +188,9 @@ class Vocabulary:
         return used
 
     def to_json(self) -> dict:
-        found = {"text_size": self.text_size, "specials": list(SPECIALS), "spare": SPARE,
+        layout = {"text_size": self.text_size, "specials": list(SPECIALS), "spare": SPARE,
                  "ranges": [asdict(span) for span in self.ranges]}
-        return found | ({"text_unused": self.text_unused} if self.text_unused else {})  # older hashes stay
+        return layout | ({"text_unused": self.text_unused} if self.text_unused else {})  # older hashes stay
 
     @staticmethod
     def from_json(data: dict) -> "Vocabulary":

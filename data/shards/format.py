@@ -52,15 +52,15 @@ def list_shards(path) -> list[Path]:
     """A shard, a folder of shards, or a glob -> sorted paths. Raises UserError when there is none."""
     path = str(path)
     if os.path.isdir(path):
-        found = sorted(Path(path).glob("*.tar"))
+        shards = sorted(Path(path).glob("*.tar"))
     elif os.path.isfile(path):
-        found = [Path(path)]
+        shards = [Path(path)]
     else:
-        found = sorted(map(Path, glob.glob(path, recursive=True)))
-    found = [shard for shard in found if not shard.name.startswith(".")]
-    if not found:
+        shards = sorted(map(Path, glob.glob(path, recursive=True)))
+    shards = [shard for shard in shards if not shard.name.startswith(".")]
+    if not shards:
         raise UserError(f"no shards at {path}: give a .tar file, a folder that holds some, or a glob")
-    return found
+    return shards
 
 
 # ---------------------------------------------------------------------------------------------------- reading

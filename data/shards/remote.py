@@ -50,7 +50,7 @@ def list_sources(path) -> list[str]:
     """Sources of shards in a fixed order: of a URL, whose `{000..099}` and, outside http, `*` are expanded; or of what
     `list_shards` takes, where a folder's compressed shards count too. Raises UserError when there is none, or when a
     folder holds the same shard compressed and not."""
-    path, found = str(path), []
+    path, sources = str(path), []
     if is_remote(path):
         from webdataset.shardlists import expand_urls  # which imports torch
 
@@ -58,21 +58,21 @@ def list_sources(path) -> list[str]:
             for url in expand_urls(path):
                 if "*" in url and not url.startswith(("http:", "https:")):
                     storage, pattern = _storage(url)
-                    found += [storage.unstrip_protocol(name) for name in sorted(storage.glob(pattern))]
+                    sources += [storage.unstrip_protocol(name) for name in sorted(storage.glob(pattern))]
                 else:
-                    found.append(url)
-        if not found:
+                    sources.append(url)
+        if not sources:
             raise UserError(f"no shards at {shown(path)}; check the address")
-        return found
+        return sources
     if os.path.isdir(path):
         names = [entry.name for entry in Path(path).iterdir()]
-        found = sorted(name for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
-        stems = sorted(map(_stem, found))
+        shards = sorted(name for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
+        stems = sorted(map(_stem, shards))
         double = next((a for a, b in zip(stems, stems[1:], strict=False) if a == b), None)
         if double:
             raise UserError(f"{path} holds {double} more than once, compressed and not: its samples would count twice; "
                             "remove one")
-    return [os.path.join(path, name) for name in found] or [str(shard) for shard in list_shards(path)]
+    return [os.path.join(path, name) for name in shards] or [str(shard) for shard in list_shards(path)]
 
 
 class ShardCache:
@@ -154,16 +154,16 @@ class ShardCache:
         log.info("%s is now %s, %d bytes", shown(source), shard, size)
 
     def _make_room(self, needed: int) -> None:
-        found = []
+        copies = []
         for shard in self.folder.iterdir():
             if _OURS.fullmatch(shard.name):
                 try:
                     stat = shard.stat()
                 except FileNotFoundError:  # another process makes room too
                     continue
-                found.append((stat.st_atime_ns, stat.st_size, shard))
-        total = sum(size for _, size, _ in found)
-        for asked, size, shard in sorted(found):
+                copies.append((stat.st_atime_ns, stat.st_size, shard))
+        total = sum(size for _, size, _ in copies)
+        for asked, size, shard in sorted(copies):
             if total + needed <= self.max_bytes or time.time_ns() - asked < self.keep_seconds * 1e9:
                 break
             with suppress(BlockingIOError), locked(_lock_of(shard), wait=False):  # else somebody is asking for it

@@ -54,16 +54,16 @@ class IntervalMask:
         wanted = prefix.to(ids.dtype).contiguous()
         begin, end = torch.searchsorted(ids, wanted), torch.searchsorted(ids, wanted, right=True)
         used = (prefix >= 0) & (document >= 0)
-        found = used & (begin < end)
-        if document.device.type == "cpu" and bool((used & ~found).any()):
-            row, at = (used & ~found).nonzero()[0].tolist()
+        seen = used & (begin < end)
+        if document.device.type == "cpu" and bool((used & ~seen).any()):
+            row, at = (used & ~seen).nonzero()[0].tolist()
             raise ValueError(f"shared_prefix: position {at} of row {row} names prefix {int(prefix[row, at])}, "
                              "which is not in that row")
-        if document.device.type == "cpu" and bool((found & (prefix == document)).any()):
+        if document.device.type == "cpu" and bool((seen & (prefix == document)).any()):
             mask.document = None  # sees itself in full: the intervals overlap, the dense way counts once
         limit = document.shape[1] - 1
-        mask.prefix_first = order.gather(1, begin.clamp(max=limit)).masked_fill(~found, 1).int()
-        mask.prefix_last = order.gather(1, (end - 1).clamp(min=0)).masked_fill(~found, 0).int()
+        mask.prefix_first = order.gather(1, begin.clamp(max=limit)).masked_fill(~seen, 1).int()
+        mask.prefix_last = order.gather(1, (end - 1).clamp(min=0)).masked_fill(~seen, 0).int()
         return mask
 
     @classmethod
@@ -117,7 +117,7 @@ class IntervalMask:
     def prefixes(self) -> list[tuple[slice, slice]]:
         """(queries, keys) along the flattened positions: neighbouring documents and the prefix that all of them see."""
         if "prefixes" not in self._cache:
-            found: list[tuple[slice, slice]] = []
+            prefixes: list[tuple[slice, slice]] = []
             if self.prefix_first is not None:
                 starts, length = self._starts(), self.document.shape[1]
                 ends = (x.flatten()[starts].tolist() for x in (self.prefix_first, self.prefix_last))
@@ -126,11 +126,11 @@ class IntervalMask:
                     keys = slice(row + a, row + b + 1)
                     if a > b:
                         continue
-                    if found and found[-1][0].stop == start and found[-1][1] == keys:
-                        found[-1] = slice(found[-1][0].start, start + n), keys
+                    if prefixes and prefixes[-1][0].stop == start and prefixes[-1][1] == keys:
+                        prefixes[-1] = slice(prefixes[-1][0].start, start + n), keys
                     else:
-                        found.append((slice(start, start + n), keys))
-            self._cache["prefixes"] = found
+                        prefixes.append((slice(start, start + n), keys))
+            self._cache["prefixes"] = prefixes
         return self._cache["prefixes"]
 
     def intervals(self, n_keys: int) -> Tensor:

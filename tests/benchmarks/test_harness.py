@@ -112,7 +112,7 @@ def test_a_lost_gpu_goes_on_in_a_new_process(tmp_path, monkeypatch):
 def test_the_gpu_plan_is_found_and_in_order_of_interest():
     from benchmarks import gpu
 
-    benchmarks, problems = gpu.found()
+    benchmarks, problems = gpu.discover()
     plan = gpu.plan(benchmarks)
     assert not problems and list(benchmarks) == NAMES
     assert plan[:4] == [("attention", "causal", 3), ("attention", "packed", 3), ("attention", "shared-prefix", 2),
@@ -130,7 +130,8 @@ def test_nothing_measured_is_a_problem(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu, "small_checks", lambda *_: ([], []))
     with pytest.raises(SystemExit) as stop:
-        gpu.main(["--device", "cpu", "--tiny", "--start", str(len(gpu.plan(gpu.found()[0]))), "--out", str(tmp_path)])
+        start = str(len(gpu.plan(gpu.discover()[0])))
+        gpu.main(["--device", "cpu", "--tiny", "--start", start, "--out", str(tmp_path)])
     assert stop.value.code == 1 and "nothing was measured" in capsys.readouterr().err
 
 

@@ -103,7 +103,7 @@ MUTATIONS = {
         FAST, "shared_prefix",
     ),
     "CPU: neighbours with different prefixes taken together": (
-        MASK, "and found[-1][1] == keys:", "and True:",
+        MASK, "and prefixes[-1][1] == keys:", "and True:",
         FAST, "shared_prefix",
     ),
 }  # fmt: skip
