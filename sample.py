@@ -45,13 +45,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{kind}", action=_Part, metavar="TEXT" if kind == "text" else "FILE",
                             help=f"a piece of the prompt: {kind}; may be repeated, the order counts")
     parser.add_argument("--want", default="any", help=f"any (default), text, {', '.join(MODALITIES)}")
-    parser.add_argument("--out", default=".", metavar="DIR", help="for pictures and sounds (default: .)")
+    parser.add_argument("--out", default=".", metavar="DIR", help="for media (default: .)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: 0, all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest up to this mass (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=_guidance, default=1.0, metavar="G or image=G,...",
-                        help="how strongly pictures and sounds follow the words; 1: as trained (default: 1)")
+    parser.add_argument("--guidance", type=_guidance, default=1.0, metavar="G or NAME=G,...",
+                        help="how strongly media follow the words; 1: as trained (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="media count too")
     parser.add_argument("--count", type=int, default=1, help="answers, from seeds SEED, SEED + 1, ...")
     parser.add_argument("--stage", default=None, help="instruct or pretrain (default: the newest there is)")

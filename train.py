@@ -28,8 +28,8 @@ def main() -> None:
         run = Run(config)
         run.train()
         if run.main:
-            print(f"done: {run.folder}. Try: python sample.py {run.folder} --text 'Draw a dog at the top left on a "
-                  f"blue background.' --want image; evaluate: python -m onevocab.evaluation {run.folder}")
+            print(f"done: {run.folder}. Try: python sample.py {run.folder} --chat; "
+                  f"evaluate: python -m onevocab.evaluation {run.folder}")
     except Stopped as stopped:
         if run.main:
             print(stopped, file=sys.stderr)

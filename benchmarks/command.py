@@ -18,13 +18,13 @@ from onevocab.common.files import write_json
 def shape_of(words: list[str], presets: dict[str, Preset], chosen: list[str]) -> dict:
     """`length=4096 documents=16` as numbers; every name must be one of the presets' own."""
     known = {key for title in chosen for key in presets[title].shapes["cpu"]}
-    chosen = {}
+    sizes = {}
     for word in words:
         key, _, value = word.partition("=")
         if key not in known or not value.isdigit() or int(value) < 1:
             raise UserError(f"--shape {word}: takes name=number with a name of {', '.join(sorted(known))}")
-        chosen[key] = int(value)
-    return chosen
+        sizes[key] = int(value)
+    return sizes
 
 
 def main(name: str, doc: str, presets: dict[str, Preset]) -> Callable[[list[str] | None], None]:

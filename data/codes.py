@@ -1,4 +1,4 @@
-"""Media -> codes, once, before training: the same samples, with every picture and sound replaced by its codes.
+"""Media -> codes, once, before training: the same samples, with every medium replaced by its codes.
 
 A shard of codes is a pure function of the raw shard and the tokenizers, and is whole or absent; so ranks share nothing
 but the output folder, and a run that was killed goes on with the shards that are missing.

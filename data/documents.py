@@ -162,7 +162,7 @@ def codes_document(sample: Sample, encode: Callable[[str, bytes], np.ndarray] | 
     """Sample -> document whose media are codes, which can be encoded to ids.
 
     encode: (modality, file's bytes) -> codes, for samples that hold media as files; without it only codes
-    (`.image.npy`, `.audio.npy`) are taken. Raises BadSample; UserError on media where only codes are taken.
+    (`0.image.npy` and the like) are taken. Raises BadSample; UserError on media where only codes are taken.
     """
     document = document_of(sample)
     if encode is None and not all(shown.content.holds_codes for shown in document.media):

@@ -1,4 +1,4 @@
-"""`python -m onevocab.data.inspect SHARDS`: the command of data/survey.py, whose name hides nothing of Python's."""
+"""`python -m onevocab.data.inspect SHARDS`: starts data/survey.py; Python has a module `inspect`."""
 
 from onevocab.data.survey import main
 

@@ -28,7 +28,8 @@ ORDER, ROWS, EXTRAS, CAPTIONS, SWAPS = range(5)  # streams of random numbers, on
 
 class _LossWeights(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    context_weight: float = Field(0.05, ge=0, description="multiplies the weight of what is context, not the answer")
+    context_weight: float = Field(0.05, ge=0, description="factor on the weight of tokens that are context, not "
+                                  "answer")
 
 
 # Weight of a predicted token by its modality.
@@ -43,11 +44,11 @@ class LoaderConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     seq_len: int = Field(512, ge=8, description="tokens of a row")
     global_batch_size: int = Field(16, ge=1, description="rows of a step, over all ranks")
-    window: int = Field(4096, ge=1, description="documents that are packed together")
-    condition_dropout: float = Field(0.1, ge=0, le=1, description="share of media made from text whose text is dropped "
-                                     "for guidance")
+    window: int = Field(4096, ge=1, description="documents among which those of a row are chosen")
+    condition_dropout: float = Field(0.1, ge=0, le=1, description="how often the words before a medium that is made "
+                                     "from them are left out, so that guidance can be used")
     text_first: float = Field(0.5, ge=0, le=1, description="share of pairs with a text that show the text first")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="more bad samples than this stop the run")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of bad samples above which the run stops")
     loss: LossWeights = LossWeights()
 
 
@@ -55,7 +56,7 @@ class Source(BaseModel):
     """Shards that a stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str = Field(description="a shard, a folder of shards or a glob")
+    path: str = Field(description="shards: a file, a folder, a glob or an address (https://, s3://, ...)")
     repeat: float = Field(1.0, gt=0, description="how often an epoch shows each sample (2.5: twice, and a changing "
                           "half of them once more)")
     weight: float | None = Field(None, gt=0, description="instead of repeat, this source's share of an epoch's samples")
@@ -169,7 +170,7 @@ class PackedLoader:
     # ------------------------------------------------------------------------------------------------ order
 
     def plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(document, swapped, caption dropped) at every position of an epoch."""
+        """(document, swapped, words dropped) at every position of an epoch."""
         if self._plan is None or self._plan[0] != epoch:
             self._plan = epoch, self._make_plan(epoch)
         return self._plan[1]
@@ -187,7 +188,7 @@ class PackedLoader:
         text_first = coin < np.where(store.has_text[documents], self.config.text_first, 0.5)
         swapped = (store.split[documents] > 0) & (text_first == store.text_second[documents])
         dropped = _uniform(_raw(n, self.seed, CAPTIONS, epoch)) < self.config.condition_dropout
-        text_leads = store.text_second[documents] == swapped  # of a pair: only then the picture is drawn from it
+        text_leads = store.text_second[documents] == swapped  # of a pair: only then the medium is made from it
         dropped &= (store.drop[documents] > 0) & ((store.split[documents] == 0) | text_leads)
         order = _permutation(n, self.seed, ORDER, epoch)
         return documents[order], swapped[order], dropped[order]
@@ -198,7 +199,7 @@ class PackedLoader:
         return -(-self.epoch_length // self.config.window)
 
     def rows(self, epoch: int, window: int) -> list[list[tuple[int, bool, bool]]]:
-        """The rows of a window: lists of (document, swapped, caption dropped)."""
+        """The rows of a window: lists of (document, swapped, words dropped)."""
         if self._cached is None or self._cached[0] != (epoch, window):
             here = slice(window * self.config.window, (window + 1) * self.config.window)
             documents, swapped, dropped = (values[here] for values in self.plan(epoch))

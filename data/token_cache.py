@@ -41,10 +41,10 @@ class ShardTokens:
 
     tokens: int32 (t,); flags: uint8 (t,), LOSS where predicting the token counts, DROPPABLE where guidance may take it
     away; about: int32 (n, 6) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
-    0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens a
-    dropped caption takes away; TEXT_ONLY, whether it is a plain text. A bad sample is a document of length 0. bad:
-    [key, reason] of these, in order; modality_counts: tokens of each of the vocabulary's modalities; crc: of tokens
-    and about; doubtful: the shard is damaged, which may be mended without its size and time changing.
+    0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens go
+    when the words before a medium are dropped; TEXT_ONLY, whether it is a plain text. A bad sample is a document of
+    length 0. bad: [key, reason] of these, in order; modality_counts: tokens of each of the vocabulary's modalities;
+    crc: of tokens and about; doubtful: the shard is damaged, which may be mended without its size and time changing.
     """
 
     tokens: np.ndarray

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.device == "cuda" else args.device
     tokenizers = Tokenizers.load(args.run / "tokenizers", device)
     stats = tokenize_shards(shards, args.out, tokenizers, rank, world, **options)
-    print(f"rank {rank}: {stats.samples} samples, {stats.media} pictures and sounds into {stats.shards} shards in "
+    print(f"rank {rank}: {stats.samples} samples, {stats.media} media into {stats.shards} shards in "
           f"{args.out}; {stats.skipped} shards were there already, {stats.bad} bad samples left out")
     if world > 1 and (counts := check_all(shards, args.out, args.max_bad_fraction)):
         print(f"all ranks: {counts[0] - counts[1]:,} samples, {counts[1]:,} bad ones left out")

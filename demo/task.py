@@ -19,9 +19,9 @@ class DemoTask(Task):
     """Parts are a str, a `Scene` (a picture) or an `Utterance` (a sound).
 
     samples: how many are written unless [data.demo] says otherwise; None: none ever. stage: the shards' prefix,
-    "pretrain", "instruct" or "phase". position: among the tasks whose samples hold sound, or among the others, when the
-    recipes were fixed: it seeds the samples. Without one a task is written after those that have one, and its name
-    seeds.
+    "pretrain", "instruct" or "phase". position: seeds the samples; the task's number among those with sound, or among
+    those without, when the recipes were fixed. A task without one is written after those that have one, and its
+    samples are seeded by its name.
     """
 
     samples: int | None = None

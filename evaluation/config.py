@@ -21,7 +21,7 @@ class EvaluateConfig(BaseModel):
     tasks: str = Field("onevocab.demo.tasks", description="the module whose TASKS are asked, by its dotted name")
     seed: int = Field(0, description="of the items")
     batch: int = Field(64, ge=1, description="prompts that are answered at once")
-    captions: int = Field(150, ge=1, description="scenes described and drawn; enough that every name appears")
+    captions: int = Field(150, ge=1, description="items of descriptions and drawings; enough that every name appears")
     items: int = Field(96, ge=1, description="items of each other task")
     controls: int = Field(64, ge=1, description="items of each control: shuffled media, unseen style or voice")
     reconstructions: int = Field(200, ge=1, description="media that are encoded and decoded again")
@@ -33,6 +33,7 @@ class EvaluateConfig(BaseModel):
     top_p: float | None = Field(None, description="the likeliest ids up to this mass (default: all)")
     guidance: Guidance = Guidance()
     judge_steps: int = Field(220, ge=20, description="training steps of the picture judge")
-    judge_floor: float = Field(0.5, ge=0, le=1, description="below this probability the judge sees nothing")
+    judge_floor: float = Field(0.5, ge=0, le=1, description="probability below which the picture judge answers that "
+                               "nothing is there")
     candidates: int = Field(20, ge=2, description="phrases among which the speech judge decides")
     gallery: int = Field(16, ge=1, description="drawings shown, of seeds 0, 1, ...; never selected")

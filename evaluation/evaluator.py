@@ -152,7 +152,9 @@ class Evaluator:
             for kind in sorted({item.answer["kind"] for item in answered.items if item.answer.get("kind")}):
                 scores = answered.scores(metric, kind)
                 if kinds and metrics.ratio(scores) is not None:
-                    chance = self.chance(task, answered.items, metric, kind)
+                    chance = task.chance(self.session)
+                    if chance is None:
+                        chance = self.chance(task, answered.items, metric, kind)
                     self.rows.append(row(metric.row, split, f"{metric.name}: {kind}", scores, chance=chance))
 
     def missing(self, task: Task, split: str, reason) -> None:

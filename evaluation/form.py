@@ -1,9 +1,9 @@
-"""The form of replies, read a second time, apart from grammar and codec."""
+"""Whether a reply is well formed, by code that shares nothing with the grammar and the tokenizers."""
 
 
 def malformed(ids, vocabulary, want: str) -> str | None:
-    """Why a reply is not well formed, or None. Well formed are
-    texts and whole spans, of the modality that was wanted, and nothing after the end of the turn."""
+    """Why a reply is not well formed, or None. A well-formed one holds texts and whole spans, of the modality
+    that was wanted, and nothing after the end of the turn."""
     ids, at, parts = [int(i) for i in ids], 0, []
     while at < len(ids):
         token, at = ids[at], at + 1

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from onevocab.common.files import write_atomic, write_json
 from onevocab.common.html import data_uri, escape, figure
 from onevocab.tasks import Card, Section
-from onevocab.tokenizers.media import encode_audio, encode_png
+from onevocab.tokenizers.media import encode_png
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_value
 from onevocab.training.metrics import curves, read_metrics
 
@@ -167,9 +167,10 @@ def page(report: dict, sections: dict[Section, list[Card]], drawn_curves: list[t
 <h1>What this model can do</h1><p>{escape(report["device"])}</p>
 <nav>{links}<a href="#results">Results</a><a href="#curves">Curves</a><a href="#run">Run</a></nav>
 {"".join(blocks)}
-<h2 id="results">Results</h2><p>Chance is the score of other items' right answers. The ceilings are what the same judge
-reads in the originals, and in the originals after the tokenizer. Intervals: Wilson for right-or-wrong items, else
-bootstrap over items. Every judge may answer "none of these".</p>{notes}{_table(report["results"])}
+<h2 id="results">Results</h2><p>Chance is what a blind guess gets: what the task says, else the score of other items'
+right answers. The ceilings are what the same judge reads in the originals, and in the originals after the tokenizer;
+answers that are compared as they are have none. Intervals: Wilson for right-or-wrong items, else bootstrap over
+items.</p>{notes}{_table(report["results"])}
 <h2 id="curves">Curves</h2><p>From metrics.jsonl.</p><div class="curves">{images}</div>
 <h2 id="run">Run</h2><p>{escape(packages)}</p>
 <table style="width:auto"><tr><th>stage</th><th class="number">seconds</th></tr>{seconds}</table>
@@ -179,15 +180,16 @@ bootstrap over items. Every judge may answer "none of these".</p>{notes}{_table(
 
 
 def write_examples(folder: Path, items: list) -> None:
-    """Pictures and sounds of prompts as files to try the model with: scene-0.png, question-0.wav, ..."""
+    """Media of prompts as files to try the model with: image-0.png, audio-0.wav, ...; a second picture of item 0 is
+    image-0-1.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, item in enumerate(items):
-        for message in item.messages:
-            for part in message["content"]:
-                if isinstance(part, Image.Image):
-                    part.save(folder / f"scene-{number}.png")
-                elif isinstance(part, tuple):
-                    write_atomic(folder / f"question-{number}.wav", encode_audio(*part, format="WAV"))
+        names: list[str] = []
+        for part in (part for message in item.messages for part in message["content"] if not isinstance(part, str)):
+            modality = MODALITIES[modality_of_value(part)]
+            again = f"-{names.count(modality.name)}" if modality.name in names else ""
+            names.append(modality.name)
+            write_atomic(folder / f"{modality.name}-{number}{again}{modality.suffixes[0]}", modality.save(part))
 
 
 def write(folder: Path, report: dict, sections: dict[Section, list[Card]], drawings, run: Path) -> Path:

@@ -22,10 +22,13 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     demo: DemoConfig | None = Field(None, description="write the demo world's shards first")
-    shards: tuple[str, ...] = Field(("shards",), description="folders, globs or files of raw shards that train the "
-                                    "tokenizers and are turned to codes, from the run's folder on")
-    tokenizer_samples: int = Field(12_000, ge=1, description="media and texts that each tokenizer is trained on")
-    workers: int = Field(2, ge=1, description="processes that turn media to codes")
+    shards: tuple[str, ...] = Field(("shards",), description="raw shards: folders, globs, files or addresses, paths "
+                                    "relative to the run's folder; tokenizers are trained on them, and they are "
+                                    "turned to codes")
+    tokenizer_samples: int = Field(12_000, ge=1, description="about how many samples with a text, or files of a "
+                                   "modality, each tokenizer is trained on")
+    workers: int = Field(2, ge=1, description="processes that turn media to codes, and that encode "
+                         "documents for the token cache")
 
 
 class PhaseConfig(BaseModel):
@@ -41,7 +44,7 @@ class StageData(BaseModel):
     """What a language stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    sources: tuple[Source, ...] = Field(description="shards of codes, from the run's folder on")
+    sources: tuple[Source, ...] = Field(description="shards of codes, paths relative to the run's folder")
     loader: LoaderConfig = LoaderConfig()
     phases: tuple[PhaseConfig, ...] = Field((), description="steps that read other sources")
 
@@ -82,7 +85,7 @@ class _Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: str = Field(description="where the run lives")
     init_from: str | None = Field(None, description="a run whose tokenizers and weights this one starts from")
-    seed: int = Field(0, description="of everything that is drawn")
+    seed: int = Field(0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank (0: torch's choice)")
     device_flops: float = Field(0.0, ge=0, description="FLOP/s of a device as its data sheet says, for the MFU (0: "

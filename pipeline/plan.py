@@ -50,7 +50,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
         # Everything but the head's weight, which is not among the activations, is the same for a small vocabulary.
         lines += stage_lines(name, stage, stage.rows.global_batch_size, stage.rows.seq_len, model,
                              lambda layers: network(layers, 1024), probe(Batch, 1024), supposed, config.device_flops)
-        if list_steps(folder / name):  # so that its documents are all kept, and none is encoded here
+        if list_steps(folder / name):  # its documents are in the token cache then: none is encoded here
             lines += _source_lines(config, stage)
     return lines
 

@@ -115,7 +115,7 @@ class OldRun:
         load_weights(self.step)
 
     def identity(self) -> tuple[dict, dict]:
-        """As above."""
+        """Hashes of the tokenizers, and of the newest weights' manifest, after `check`."""
         self.check()
         return {"tokenizers": self._tokenizers.hash}, {"weights": sha256_file(self.step / "manifest.json")}
 

@@ -8,7 +8,7 @@ from onevocab.data.shards.remote import read_source
 
 
 def _samples(shards: list[str], limit: int) -> Iterator[Sample]:
-    """About `limit` samples, as many from the start of each shard: their order inside one says nothing."""
+    """About `limit` samples, equally many from the start of each shard: they are taken to lie in no special order."""
     for shard in shards:
         for count, sample in enumerate(read_source(shard)):
             if count >= -(-limit // len(shards)):
@@ -26,7 +26,7 @@ def texts(shards: list[str], limit: int) -> Iterator[str]:
 
 
 def media_files(shards: list[str], limit: int, modality: str) -> Iterator[bytes]:
-    """The files of one modality in about `limit` samples that have one."""
+    """About `limit` files of one modality, out of at most three times as many samples."""
     count = 0
     for sample in _samples(shards, limit * 3):
         for ending, content in sample.members.items():

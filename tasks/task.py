@@ -47,7 +47,7 @@ class Section(NamedTuple):
 
 @dataclass
 class Card:
-    """One thing to look at or to listen to. media: (label, PIL image or (samples, rate)); lines: (label, text) below;
+    """One thing to look at or to listen to. media: (label, a value of a modality); lines: (label, text) below;
     right: whether a judge found it right (None: not judged)."""
 
     media: list[tuple[str, object]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Task(ABC):
         return self.example(rng, split, wording), {}
 
     def show(self, part, split: str):
-        """A part of a conversation as AnyToAny takes it: a str, a PIL image or (samples, rate)."""
+        """A part of a conversation as AnyToAny takes it: a str, or a value of a modality."""
         return part
 
     def answer(self, right) -> dict:
@@ -146,7 +146,7 @@ class Task(ABC):
         parts = [part for message in item.messages for part in message["content"]]
         prompt = " ".join(part for part in parts if isinstance(part, str))
         media = [("given", part) for part in parts if not isinstance(part, str)]
-        media += [("model", medium) for medium in (*reply.images[:1], *reply.audio[:1])]
+        media += [("model", values[0]) for values in reply.media.values() if values]
         lines = [("prompt", prompt)]
         if self.want == "text":
             lines += [("right answer", str(item.answer["text"])), ("model", reply.text)]

@@ -21,13 +21,14 @@ class AudioConfig(AutoencoderConfig):
     """[audio]: the tokenizer of sounds."""
 
     mels: int = Field(64, ge=8, le=256, description="frequency bins of the spectrogram")
-    rows: int = Field(2, ge=1, description="codes a column of the spectrogram")
+    rows: int = Field(2, ge=1, description="codes of a column")
     column_frames: int = Field(4, ge=4, multiple_of=2, description="spectrogram frames of 16 ms that a column covers")
     max_seconds: float = Field(8.0, gt=0, description="longest sound that is encoded")
     clip_seconds: float = Field(0.768, gt=0, description="length of the pieces that the tokenizer trains on")
     steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
     batch_size: int = Field(32, ge=1, description="pieces a step, over all ranks")
-    learning_rate: float = Field(2e-3, gt=0, description="of vectors; matrices train with five times as much")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW's, for vectors; Muon's, for matrices, is five "
+                                 "times as high")
 
 
 class AudioTokenizer(GridAutoencoder):

@@ -24,7 +24,7 @@ class AutoencoderConfig(BaseModel):
     encoder_kernel: int = Field(1, ge=1, le=7, description="patches each way that an encoder's convolution sees; 1: a "
                                 "code depends on its own patch alone")
     decoder_blocks: int = Field(2, ge=0, description="residual blocks of the decoder, at the grid")
-    decoder_kernel: int = Field(3, ge=1, le=7, description="places each way that their convolutions see")
+    decoder_kernel: int = Field(3, ge=1, le=7, description="places each way that a convolution of these blocks sees")
     fine_blocks: int = Field(2, ge=0, description="residual blocks of the decoder after its first upsampling")
     global_context: bool = Field(False, description="the decoder also sees the mean over the whole grid, so that what "
                                  "all patches share (a background) need not be said by each code")

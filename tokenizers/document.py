@@ -88,7 +88,7 @@ class Document:
     def normalised(self) -> "Document":
         """Neighbouring texts of one turn merged, empty texts dropped, turns numbered from 0.
 
-        A turn that only holds empty text keeps one empty segment: it exists (guidance drops captions that way).
+        A turn that only holds empty text keeps one empty segment: it exists (guidance drops words so).
         """
         merged: list[Segment] = []
         turn, before = -1, None

@@ -21,7 +21,8 @@ class ImageConfig(AutoencoderConfig):
     max_side: int = Field(32, ge=1, le=4096, description="largest height or width, in codes, that the vocabulary has")
     steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
     batch_size: int = Field(32, ge=1, description="pictures a step, over all ranks")
-    learning_rate: float = Field(2e-3, gt=0, description="of vectors; matrices train with five times as much")
+    learning_rate: float = Field(2e-3, gt=0, description="AdamW's, for vectors; Muon's, for matrices, is five "
+                                 "times as high")
 
 
 class ImageTokenizer(GridAutoencoder):

@@ -46,4 +46,4 @@ def modality_of_value(value) -> str:
         if modality.accepts(value):
             return modality.name
     values = ", ".join(modality.value for modality in MODALITIES.values())
-    raise UserError(f"a prompt's part is a str, a pathlib.Path, {values}; found {type(value).__name__}")
+    raise UserError(f"a part is a str, a pathlib.Path, {values}; found {type(value).__name__}")

@@ -1,8 +1,8 @@
 """What a modality is: everything that the rest of the project needs to know about one kind of medium, in one value.
 
 A modality is one file (its configuration, its tokenizer, a `Modality` at the end) and one line in
-tokenizers/modalities.py. The tokenizer may stand in a file of its own, as those of pictures and sounds do: what
-reads shards or flags then starts without torch. The configuration's section, the stage that trains the tokenizer, the
+tokenizers/modalities.py. The tokenizer may stand in a file of its own, as those of pictures and sounds do: reading
+flags or a shard then does not import torch. The configuration's section, the stage that trains the tokenizer, the
 range of ids, loss weights, temperatures, flags, the reader of files, and the previews of pages are all made from it.
 """
 
@@ -45,7 +45,7 @@ class MediaTokenizer(Protocol):
 
     @property
     def max_grid(self) -> tuple[int, int]:
-        """The grid of codes that a reply needs at most, [first axis, second axis]."""
+        """The largest grid of codes of a reply, [first axis, second axis]; of a sized modality every reply has it."""
 
     def training_set(self, files: Iterable[bytes]) -> Tensor:
         """Files of shards -> examples (n, ...) on the CPU, unreadable files left out; n may be 0."""

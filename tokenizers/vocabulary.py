@@ -189,7 +189,7 @@ class Vocabulary:
 
     def to_json(self) -> dict:
         layout = {"text_size": self.text_size, "specials": list(SPECIALS), "spare": SPARE,
-                 "ranges": [asdict(span) for span in self.ranges]}
+                  "ranges": [asdict(span) for span in self.ranges]}
         return layout | ({"text_unused": self.text_unused} if self.text_unused else {})  # older hashes stay
 
     @staticmethod

@@ -96,9 +96,10 @@ def train_language(
 ) -> None:
     """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
 
-    loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, weights, modality, positions,
-    document, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops: precision ->
-    FLOP/s of a device, for the MFU. Raises Stopped after a signal, and UserError when the loss stays non-finite.
+    loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, loss_weights, modality,
+    positions, document_ids, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops:
+    precision -> FLOP/s of a device, for the MFU. Raises Stopped after a signal, and UserError when the
+    loss stays non-finite.
     """
     if distributed.is_main():
         checkpoint.sweep(folder)

@@ -11,11 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 from onevocab.data.convert import tables
-from onevocab.data.convert.media import VIDEO, MediaFolder, kind_of, suffix_of
+from onevocab.data.convert.media import KINDS, VIDEO, MediaFolder, kind_of, suffix_of
 from onevocab.data.convert.options import CAPTIONS, FRAMES, MAP, MEDIA, Format
 from onevocab.data.convert.samples import Dropped, Row, field_of, list_of, pairs
 
-FILES = ("file_name", "file", "filename", "path", "filepath", "image", "image_path", "audio", "audio_path", "video")
+FILES = ("file_name", "file", "filename", "path", "filepath",
+         *(name for kind in KINDS for name in (kind, f"{kind}_path")))
 TEXTS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
 MAX_SIDECAR = 1 << 20  # bytes
 _NUMBERED = re.compile(r"caption_?(\d+)")

@@ -50,7 +50,7 @@ def list_sources(path) -> list[str]:
     """Sources of shards in a fixed order: of a URL, whose `{000..099}` and, outside http, `*` are expanded; or of what
     `list_shards` takes, where a folder's compressed shards count too. Raises UserError when there is none, or when a
     folder holds the same shard compressed and not."""
-    path, sources = str(path), []
+    path, sources, shards = str(path), [], []
     if is_remote(path):
         from webdataset.shardlists import expand_urls  # which imports torch
 

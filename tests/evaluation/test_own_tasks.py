@@ -67,7 +67,7 @@ def test_tasks_of_ones_own_are_named_in_the_configuration(tmp_path, monkeypatch,
     assert 0 < rows["colour", "held-out examples"]["chance"] < 1
     page = (run / "report" / "index.html").read_text()
     assert "<script" not in page and "<b>colour" not in page and "&lt;script&gt;Colours" in page
-    assert len(list((run / "report" / "examples").glob("scene-*.png"))) == 0, "the first task's prompts are words"
+    assert len(list((run / "report" / "examples").glob("image-*.png"))) == 0, "the first task's prompts are words"
     assert (run / "report" / "gallery.png").exists()
 
 

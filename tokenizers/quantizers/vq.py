@@ -17,9 +17,10 @@ class VQConfig(QuantizerConfig):
     kind: Literal["vq"] = "vq"
     codebook_size: int = Field(1024, ge=2, le=1 << 20, description="number of codes")
     dim: int = Field(16, ge=1, le=256, description="dimension of a code's vector")
-    decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages that the codebook is learned by")
+    decay: float = Field(0.99, gt=0, lt=1, description="of the moving averages from which the codebook is made")
     commitment: float = Field(0.25, ge=0, description="weight of the loss that draws latents to their codes")
-    restart_below: float = Field(0.1, ge=0, description="mean uses a batch under which a code is restarted")
+    restart_below: float = Field(0.1, ge=0, description="a code that is used less often in a batch, on average, "
+                                 "is started anew")
 
 
 class VectorQuantizer(Quantizer):
