@@ -17,6 +17,8 @@ from conftest import ROOT, run_command
 from scratch import link_package
 
 INTERPRETED = Path(__file__).parent / "interpreter"
+# So many tests at least: nothing passes because nothing was collected.
+FEWEST = {"attention": 70, "cross_entropy": 28, "decode": 26, "elementwise": 42, "vq": 12}
 LIMIT = 300  # seconds for the tests of one fault; one that makes them hang has not been noticed
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
@@ -49,13 +51,14 @@ def test_the_page_lists_all_deliberate_faults():
 @needs_triton
 @pytest.mark.parametrize("path", sorted(INTERPRETED.glob("test_*_triton.py")), ids=lambda path: path.stem)
 def test_triton_kernels_under_the_interpreter(path):
+    operation = path.stem.removeprefix("test_").removesuffix("_triton")
     output = run_command(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
-        timeout=600,
+        timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     passed = int(re.search(r"(\d+) passed", output)[1])
-    assert passed >= 10 and " skipped" not in output, output[-2000:]
+    assert passed >= FEWEST.get(operation, 1) and " skipped" not in output, output[-2000:]
 
 
 @needs_triton
