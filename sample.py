@@ -19,14 +19,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python sample.py --help")
 
 
-def _guidance(value: str) -> float | dict[str, float]:
-    """"2" for all media, "image=2,audio=1.5" for each its own."""
-    if "=" not in value:
-        return float(value)
-    scales = {name.strip(): float(scale) for name, _, scale in (part.partition("=") for part in value.split(","))}
-    if unknown := scales.keys() - MODALITIES.keys():
-        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is no medium; choose of {', '.join(MODALITIES)}")
-    return scales
+def _numbers(*names: str):
+    """-> parser of "2" for all, or "image=2,audio=1.5" for each of `names` its own."""
+
+    def number(value: str) -> float | dict[str, float]:
+        if "=" not in value:
+            return float(value)
+        values = {name.strip(): float(each) for name, _, each in (part.partition("=") for part in value.split(","))}
+        if unknown := values.keys() - set(names):
+            raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(names)}")
+        return values
+
+    return number
 
 
 class _Part(argparse.Action):
@@ -46,12 +50,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                             help=f"a piece of the prompt: {kind}; may be repeated, the order counts")
     parser.add_argument("--want", default="any", help=f"any (default), text, {', '.join(MODALITIES)}")
     parser.add_argument("--out", default=".", metavar="DIR", help="for media (default: .)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="only the k likeliest tokens (default: 0, all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="the likeliest up to this mass (default: 1)")
+    usual = "(default: the run's generation.json, else"
+    parser.add_argument("--temperature", type=_numbers("text", *MODALITIES), default=None, metavar="T or NAME=T,...",
+                        help=f"0: the likeliest; 1: as the model is {usual} 1)")
+    parser.add_argument("--top-k", type=int, default=None, help=f"only the k likeliest tokens; 0: all {usual} 0)")
+    parser.add_argument("--top-p", type=float, default=None, help=f"the likeliest up to this mass {usual} 1)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=_guidance, default=1.0, metavar="G or NAME=G,...",
-                        help="how strongly media follow the words; 1: as trained (default: 1)")
+    parser.add_argument("--guidance", type=_numbers(*MODALITIES), default=None, metavar="G or NAME=G,...",
+                        help=f"how strongly media follow the words; 1: as trained {usual} 1)")
     parser.add_argument("--max-new-tokens", type=int, default=None, help="media count too")
     parser.add_argument("--count", type=int, default=1, help="answers, from seeds SEED, SEED + 1, ...")
     parser.add_argument("--stage", default=None, help="instruct or pretrain (default: the newest there is)")

@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
@@ -23,6 +25,7 @@ from onevocab.data.documents import (
     BadSamples,
     codes_ending,
     document_of,
+    may_augment,
     modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
@@ -141,7 +144,7 @@ def _fingerprint(shard: Path) -> str:
 def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) -> None:
     pending: list[tuple[Sample, dict[str, bytes | None]]] = []  # with the digests of its media, None of codes
     known: dict[bytes, bytes | str] = {}  # digest of a medium -> codes: what comes again is encoded once a shard
-    waiting: dict[bytes, tuple[str, bytes]] = {}  # digest -> (modality, file)
+    waiting: dict[bytes, _Medium] = {}  # by digest
     with ShardFile(out, header) as writer:
         def flush():
             known.update(_encode(waiting, tokenizers))
@@ -162,38 +165,72 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
 
         for sample in samples:
             try:
-                files = dict.fromkeys(medium.content for medium in document_of(sample).media)
-                digests = {file.ending: None if file.holds_codes else hashlib.sha256(file.content).digest()
-                           for file in files}
+                media = _media_of(sample, tokenizers)
             except BadSample as error:
                 bad.add(error)
                 stats.bad += 1
                 continue
-            pending.append((sample, digests))
-            for ending, digest in digests.items():
-                if digest is not None and digest not in known:
-                    waiting[digest] = modality_of_ending(ending), sample.members[ending]
+            pending.append((sample, {ending: medium and medium.digest for ending, medium in media.items()}))
+            waiting |= {medium.digest: medium for medium in media.values() if medium and medium.digest not in known}
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
 
 
-def _encode(media: dict[bytes, tuple[str, bytes]], tokenizers) -> dict[bytes, bytes | str]:
-    """{digest: (modality, file)} -> {digest: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
+class _Medium(NamedTuple):
+    """A file to be encoded. seed: of its augmentation, None where it stays as it is; digest: equal ones have equal
+    codes."""
+
+    modality: str
+    content: bytes
+    seed: int | None
+    digest: bytes
+
+
+def _media_of(sample: Sample, tokenizers) -> dict[str, _Medium | None]:
+    """By ending; None where codes are held already. Raises BadSample.
+
+    What the model is to make is never augmented: media of turns that count, and samples whose JSON says `"augment":
+    false`. How a medium is altered depends on the sample's key and the file, on nothing else.
+    """
+    document, found = document_of(sample), {}
+    altered = {name for name, tokenizer in tokenizers.media.items() if tokenizer.augments}
+    made = {segment.content.ending for segment in document.media if document.is_conversation and segment.loss}
+    for file in dict.fromkeys(segment.content for segment in document.media):
+        if file.holds_codes:
+            found[file.ending] = None
+            continue
+        modality, seed = modality_of_ending(file.ending), None
+        digest = hashlib.sha256(file.content).digest()
+        if modality in altered and file.ending not in made and may_augment(sample):
+            digest = hashlib.sha256(digest + sample.key.encode("utf-8", "surrogateescape")).digest()
+            seed = int.from_bytes(digest[:16], "big")
+        found[file.ending] = _Medium(modality, file.content, seed, digest)
+    return found
+
+
+def _encode(media: dict[bytes, _Medium], tokenizers) -> dict[bytes, bytes | str]:
+    """{digest: medium} -> {digest: .npy bytes, or the reason why it cannot be encoded (str)}, in batches."""
     result: dict[bytes, bytes | str] = {}
-    for modality in dict.fromkeys(kind for kind, _ in media.values()):
-        files = {digest: file for digest, (kind, file) in media.items() if kind == modality}
+    for modality in dict.fromkeys(medium.modality for medium in media.values()):
+        files = {digest: medium for digest, medium in media.items() if medium.modality == modality}
         if modality not in tokenizers.vocab.spans:
             raise UserError(f"the shards hold {modality}, which this run's tokenizers do not know; add a section "
                             f"[{modality}] to its configuration, or take these samples out")
-        n_codes = tokenizers.vocab.spans[modality].codes
+        n_codes, tokenizer = tokenizers.vocab.spans[modality].codes, tokenizers.media[modality]
+
+        def source(medium: _Medium, tokenizer=tokenizer):
+            if medium.seed is None:
+                return medium.content
+            return tokenizer.augmented(medium.content, np.random.default_rng(medium.seed))
+
         try:
-            encoded = tokenizers.encode_batch(modality, list(files.values()))
+            encoded = tokenizers.encode_batch(modality, [source(medium) for medium in files.values()])
             result.update(zip(files, [codes_to_npy(codes, n_codes) for codes in encoded], strict=True))
         except UNDECODABLE:  # one bad file spoils a batch: find it
-            for digest, file in files.items():
+            for digest, medium in files.items():
                 try:
-                    result[digest] = codes_to_npy(tokenizers.encode_media(modality, file), n_codes)
+                    result[digest] = codes_to_npy(tokenizers.encode_media(modality, source(medium)), n_codes)
                 except UNDECODABLE as error:
                     result[digest] = str(error) or type(error).__name__
     return result

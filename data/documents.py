@@ -110,6 +110,13 @@ def document_of(sample: Sample) -> Document:
         raise BadSample(sample.key, sample.shard, str(error)) from None
 
 
+def may_augment(sample: Sample) -> bool:
+    """Whether the sample's media may be altered in training: unless its JSON, which `document_of` took, says
+    `"augment": false`."""
+    data = json.loads(sample.members["json"]) if "json" in sample.members else None
+    return not isinstance(data, dict) or data.get("augment") is not False
+
+
 def _list(value, name: str) -> list:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is not a list that holds something")

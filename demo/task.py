@@ -21,12 +21,13 @@ class DemoTask(Task):
     samples: how many are written unless [data.demo] says otherwise; None: none ever. stage: the shards' prefix,
     "pretrain", "instruct" or "phase". position: seeds the samples; the task's number among those with sound, or among
     those without, when the recipes were fixed. A task without one is written after those that have one, and its
-    samples are seeded by its name.
+    samples are seeded by its name. augmented: whether training may alter what the samples hold.
     """
 
     samples: int | None = None
     stage: str = "instruct"
     position: int | None = None
+    augmented: bool = True
     held_out = "held-out compositions"
 
     def show(self, part, split: str):

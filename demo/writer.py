@@ -100,9 +100,10 @@ def _write(folder: Path, process: int, config: _Settings, samples_per_shard: int
     for task in _share(process):
         number = zlib.crc32(task.name.encode()) if task.position is None else task.position
         rng = np.random.default_rng((config.seed, process, number))
+        about = {"task": task.name} | ({} if task.augmented else {"augment": False})
         with ShardWriter(folder, f"{task.stage}-{task.name}", samples_per_shard, overwrite=True) as writer:
             for i in range(getattr(config, task.name)):
-                sample = to_members(task.example(rng, "train", SEEN), {"task": task.name}, studio)
+                sample = to_members(task.example(rng, "train", SEEN), about, studio)
                 writer.write(f"{task.name}-{i:06d}", sample)
 
 

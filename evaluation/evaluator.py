@@ -106,9 +106,8 @@ class Evaluator:
         """Replies of the model; prompt i draws with seed i."""
         c = self.config
         return self.model.generate_batch(
-            prompts, want=want, temperature=getattr(c.temperature, want), top_k=c.top_k or 0, top_p=c.top_p or 1.0,
-            seed=0, guidance=c.guidance.model_dump(), rows=c.batch,
-            max_new_tokens=c.max_text_tokens if want == "text" else None)
+            prompts, want=want, seed=0, rows=c.batch, **c.sampling,
+            max_new_tokens=c.max_text_tokens if want in ("any", "text") else None)
 
     def answer(self, task: Task, items: list[Item]) -> Answered:
         """Lets the model answer items, and judges what it gave."""

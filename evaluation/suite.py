@@ -9,7 +9,7 @@ from onevocab.evaluation import metrics
 from onevocab.evaluation.evaluator import Answered, Evaluator, media_of, shuffled_media
 from onevocab.evaluation.form import malformed
 from onevocab.evaluation.metrics import row
-from onevocab.tasks import Task
+from onevocab.tasks import HELD_OUT, Task, Wordings
 
 SHOWN = 12  # cards of a section
 SEEN_WORDINGS, HELD_OUT_WORDINGS = "seen wordings", "held-out wordings"
@@ -22,8 +22,8 @@ def measured(run: Evaluator) -> list[Task]:
 def run(evaluator: Evaluator, quiet: bool = False) -> None:
     """Everything, in order; fills the evaluator's rows, notes, sections and drawings."""
     steps = [(each.name, lambda each=each: measure_task(evaluator, each)) for each in measured(evaluator)]
-    steps += [(step.__name__, lambda step=step: step(evaluator)) for step in (wordings, malformed_outputs,
-                                                                             reconstructions)]
+    steps += [(step.__name__, lambda step=step: step(evaluator)) for step in (wordings, chosen_answers,
+                                                                             malformed_outputs, reconstructions)]
     bar = tqdm(steps, desc="evaluate", disable=quiet, leave=False)
     for name, step in bar:
         bar.set_postfix_str(name)
@@ -32,7 +32,7 @@ def run(evaluator: Evaluator, quiet: bool = False) -> None:
         reason = (*evaluator.notes, "none of the tasks has a metric")[0]
         raise UserError(f"nothing could be asked of this model: {reason}")
     order = [metric.row for each in measured(evaluator) for metric in each.metrics]
-    order += ["held_out_wordings", "malformed_outputs", *(entry["task"] for entry in evaluator.rows)]
+    order += ["held_out_wordings", "chosen_answers", "malformed_outputs", *(entry["task"] for entry in evaluator.rows)]
     evaluator.rows.sort(key=lambda entry: order.index(entry["task"]))
     evaluator.notes += evaluator.session.closing()
 
@@ -58,11 +58,11 @@ def measure_task(run: Evaluator, task: Task) -> None:
         return
     run.answered[task.name] = answered
     cards(run, task, answered)
-    if media_of(answered.items[0]):
+    if task.shuffled and media_of(answered.items[0]):
         some = answered.items[: run.count(c.controls)]
         measure(f"{task.held_out}, media shuffled", lambda: shuffled_media(some))
     for split, label in task.controls.items():
-        measure(label, lambda split=split: run.items(task, split, c.controls))
+        measure(label, lambda split=split: run.items(task, split, getattr(c, task.controls_count)))
 
 
 def malformed_outputs(run: Evaluator) -> None:
@@ -118,6 +118,42 @@ def wordings(run: Evaluator) -> None:
         scores = [(value, 1) for value in values if value is not None]
         mean = row("held_out_wordings", split, "mean over tasks", scores)
         run.rows.append({**mean, "interval": None})  # the tasks are not a sample of anything
+
+
+def chosen_answers(run: Evaluator) -> None:
+    """Whether the model, asked without `want`, answers with what was asked for and nothing else: a row for each medium
+    and kind of wording, and the wording that fares worst."""
+    scores: dict[tuple[str, str], list] = {}
+    worst = None
+    for task in measured(run):
+        if not (task.reworded and task.wordings and run.answered.get(task.name)):
+            continue
+        for kind in task.wordings:
+            for wording in kind:
+                replies = _unasked(run, task, kind, wording)
+                right = [(int(({part.modality for part in reply.segments} or {"text"}) == {task.want}), 1)
+                         for reply in replies]
+                if right:
+                    split = HELD_OUT_WORDINGS if wording in kind.of(HELD_OUT) else SEEN_WORDINGS
+                    scores.setdefault((task.want, split), []).extend(right)
+                    share = metrics.ratio(right)
+                    worst = min(worst or (2.0,), (share, f"{task.name}: {wording}", right))
+    for (want, split), right in sorted(scores.items()):
+        run.rows.append(row("chosen_answers", split, f"{want} where {want} is asked for", right))
+    if worst:
+        share, wording, right = worst
+        run.rows.append(row("chosen_answers", "the wording that fares worst", "what is asked for", right))
+        run.notes.append(f"chosen_answers: the wording that fares worst is that of {wording} ({share:.2f})")
+
+
+def _unasked(run: Evaluator, task: Task, kind: Wordings, wording: str) -> list:
+    """Replies to prompts in one wording, without `want`."""
+    count, prompts = run.count(run.config.wants), []
+    for item in task.items("test", count * len(task.wordings), run.config.seed + 2, wording):
+        texts = [part for message in item.messages for part in message["content"] if isinstance(part, str)]
+        if any(kind.matches(wording, text) for text in texts) and len(prompts) < count:
+            prompts.append(item.messages)
+    return run.ask(prompts, "any") if prompts else []
 
 
 def reconstructions(run: Evaluator) -> None:

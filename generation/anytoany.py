@@ -12,7 +12,7 @@ from PIL import Image
 from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.generation import engine
-from onevocab.generation.sampling import Sampling
+from onevocab.generation.defaults import GenerationDefaults
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
@@ -24,6 +24,7 @@ from onevocab.tokenizers.vocabulary import ROLES, Vocabulary
 
 STAGES = ("instruct", "pretrain")  # the newest first
 HOW_TO_MAKE = "make one with `make demo` or `torchrun train.py configs/demo.toml`"
+ByModality = float | dict[str, float] | None  # one number, or by modality; None: as the run says
 LONGEST_TEXT = 512  # new tokens when nobody says otherwise
 
 
@@ -68,11 +69,16 @@ class AnyToAny:
     A prompt is a list of parts: a str (always text), a PIL image, a pathlib.Path (a picture or a sound by
     its ending), a (samples, rate) pair, or a Segment of an earlier reply. A list of {"role", "content"}
     dicts is a conversation, whose content is such a part or a list of them.
+
+    temperature, top_k, top_p and guidance are the run's (`defaults`, from its generation.json) where they
+    are None.
     """
 
-    def __init__(self, model: torch.nn.Module, tokenizers: Tokenizers, plain: bool = False):
+    def __init__(self, model: torch.nn.Module, tokenizers: Tokenizers, plain: bool = False,
+                 defaults: GenerationDefaults | None = None):
         """plain: the model continues documents (pretrain) instead of answering turns."""
         self.model, self.tokenizers, self.plain = model.eval(), tokenizers, plain
+        self.defaults = defaults or GenerationDefaults()
         self.vocab = tokenizers.vocab
         sized = {span.name for span in self.vocab.ranges if span.sized}
         self.grids = {name: [media.max_grid] for name, media in tokenizers.media.items() if name in sized}
@@ -109,11 +115,11 @@ class AnyToAny:
             print(f"note: {run} has no {stages[0]} checkpoint yet; {stage} only continues documents",
                   file=sys.stderr)
         tokenizers = Tokenizers.load(run / "tokenizers", device)
-        model = _newest_model(run / stage, tokenizers.vocab)
-        return cls(model.to(device).requires_grad_(False), tokenizers, plain=stage == "pretrain")
+        model, defaults = _newest_model(run / stage, tokenizers.vocab), GenerationDefaults.load(run)
+        return cls(model.to(device).requires_grad_(False), tokenizers, stage == "pretrain", defaults)
 
-    def generate(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0,
-                 top_p: float = 1.0, seed: int = 0, guidance: float | dict[str, float] = 1.0,
+    def generate(self, prompt, want: str = "any", temperature: ByModality = None, top_k: int | None = None,
+                 top_p: float | None = None, seed: int = 0, guidance: ByModality = None,
                  max_new_tokens: int | None = None) -> Reply:
         """One reply to one prompt. want: "any" (the model chooses), "text", or a modality.
 
@@ -123,26 +129,28 @@ class AnyToAny:
         return self.generate_batch([prompt], want, temperature, top_k, top_p, seed, guidance,
                                    max_new_tokens)[0]
 
-    def generate_batch(self, prompts: list, want: str = "any", temperature: float = 1.0, top_k: int = 0,
-                       top_p: float = 1.0, seed: int = 0, guidance: float | dict[str, float] = 1.0,
-                       max_new_tokens: int | None = None, rows: int = 64) -> list[Reply]:
+    def generate_batch(self, prompts: list, want: str = "any", temperature: ByModality = None,
+                       top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+                       guidance: ByModality = None, max_new_tokens: int | None = None, rows: int = 64) -> list[Reply]:
         """A reply to each prompt; row i draws with seed + i, so it equals `generate(prompts[i], seed=seed
         + i)`.
 
         rows: how many prompts share the model's batch at once.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed, guidance)
+        sampling = self.defaults.sampling(seed, temperature=temperature, top_k=top_k, top_p=top_p,
+                                          guidance=guidance)
         requests = self._requests(prompts, want, sampling.guided, max_new_tokens)
         ids = []
         for start in range(0, len(requests), rows):
             ids += engine.generate(self.model, requests[start : start + rows], sampling)
         return self._replies(ids)
 
-    def stream(self, prompt, want: str = "any", temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               seed: int = 0, guidance: float | dict[str, float] = 1.0,
+    def stream(self, prompt, want: str = "any", temperature: ByModality = None, top_k: int | None = None,
+               top_p: float | None = None, seed: int = 0, guidance: ByModality = None,
                max_new_tokens: int | None = None) -> Iterator[Event]:
         """Like `generate`, as it comes: see `Event`."""
-        sampling = Sampling(temperature, top_k, top_p, seed, guidance)
+        sampling = self.defaults.sampling(seed, temperature=temperature, top_k=top_k, top_p=top_p,
+                                          guidance=guidance)
         requests = self._requests([prompt], want, sampling.guided, max_new_tokens)
         ids: list[int] = []  # all
         start = shown = 0  # of the open segment: its first id, and how much of it was shown

@@ -79,21 +79,20 @@ class _Batch:
         self.positions = self.positions + 1
         return hidden[:, 0]
 
-    def groups(self) -> list[tuple[Tensor | None, tuple[range, ...], Tensor | None, float]]:
+    def groups(self) -> list[tuple[Tensor | None, tuple[range, ...], Tensor | None, str]]:
         """Rows by what is legal: (rows or None for all, ranges, ids of the logits or None for one slice,
-        scale of the guidance)."""
+        modality)."""
         by_legal: dict[tuple, list[int]] = {}
         for row, request in enumerate(self.requests):
             grammar = request.grammar
-            guidance = self.sampling.guidance_of(grammar.modality) if self.guided else 1.0
-            by_legal.setdefault((grammar.legal, guidance), []).append(row)
+            by_legal.setdefault((grammar.legal, grammar.modality), []).append(row)
         groups = []
-        for (legal, guidance), rows in by_legal.items():
+        for (legal, modality), rows in by_legal.items():
             ids = None
             if len(legal) > 1:
                 ids = torch.cat([torch.arange(part.start, part.stop, device=self.device) for part in legal])
             where = None if len(by_legal) == 1 else torch.tensor(rows, device=self.device)
-            groups.append((where, legal, ids, guidance))
+            groups.append((where, legal, ids, modality))
         return groups
 
     def next_ids(self, hidden: Tensor, groups) -> Tensor:
@@ -102,13 +101,14 @@ class _Batch:
         noise = self.noise.gather(1, self.taken[:, None])[:, 0]
         self.taken = self.taken + 1
         chosen = torch.empty(count, dtype=torch.long, device=self.device)
-        for where, legal, ids, guidance in groups:
+        for where, legal, ids, modality in groups:
             rows = slice(0, count) if where is None else where
             logits = self._logits(hidden[:count][rows], legal)
+            guidance = self.sampling.guidance_of(modality) if self.guided else 1.0
             if guidance != 1.0:
                 without = self._logits(hidden[count:][rows], legal)
                 logits = without + guidance * (logits - without)
-            places = sample_ids(logits, noise[rows], self.sampling)
+            places = sample_ids(logits, noise[rows], self.sampling, modality)
             chosen[rows] = places + legal[0].start if ids is None else ids[places]
         return chosen
 

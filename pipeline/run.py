@@ -22,6 +22,7 @@ from onevocab.data.loader import PackedLoader
 from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
 from onevocab.demo.writer import write_demo
+from onevocab.generation import defaults as generation
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
 from onevocab.pipeline.config import LanguageStage, RunConfig
@@ -100,6 +101,7 @@ class Run:
             held.callback(self.log.close)
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
+            self.on_main(lambda: write_json(self.folder / generation.FILE, self.config.evaluate.sampling))
             for stage in self.stages:
                 folder = self.folder / stage.name
                 if not distributed.broadcast((folder / "done.json").exists()):

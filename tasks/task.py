@@ -61,9 +61,10 @@ class Task(ABC):
     name: unique, also seeds the items. want: "text" or a modality. media: the modalities but text that prompts or
     replies hold; a model without them gets null rows. wordings: all instructions. reworded: whether held-out wordings
     are compared with the seen ones. metrics: none for a task that is only trained on; the first decides what a card
-    calls right. count: the key of [evaluate] that says how many items. held_out: what is new in the split "test", in
-    words. controls: further splits -> what is new in them. section: where its cards stand. gallery: gallery.png shows
-    its replies (the first medium of a card, under it the first line).
+    calls right. count, controls_count: the keys of [evaluate] that say how many items, and how many of each control.
+    held_out: what is new in the split "test", in words. controls: further splits -> what is new in them. shuffled:
+    whether prompts are also asked with the media of other prompts. section: where its cards stand. gallery: gallery.png
+    shows its replies (the first medium of a card, under it the first line).
     """
 
     name: str
@@ -73,8 +74,10 @@ class Task(ABC):
     reworded: bool = True
     metrics: tuple[Metric, ...] = ()
     count: str = "items"
+    controls_count: str = "controls"
     held_out: str = "held-out examples"
     controls: dict[str, str] = {}
+    shuffled: bool = True
     section: Section = Section("Answers")
     gallery: bool = False
 
@@ -99,14 +102,15 @@ class Task(ABC):
         """The part that is the right reply -> Item.answer."""
         return {self.want: right}
 
-    def items(self, split: str, n: int, seed: int) -> list[Item]:
+    def items(self, split: str, n: int, seed: int, wording: str | None = None) -> list[Item]:
         """n items of a split: "test", "wordings" (the same in held-out wordings) or one of `controls`. For one seed
-        those of all splits are about the same things. Raises UserError when what they need is not installed."""
+        those of all splits are about the same things. wording: as `Wordings.of` takes it. Raises UserError when what
+        they need is not installed."""
         items = []
         for number in range(n):
             rng = np.random.default_rng([*self.seeds(seed), number])
-            wording = HELD_OUT if split == "wordings" else SEEN
-            conversation, more = self.evaluated(rng, split, wording, number, seed)
+            which = wording or (HELD_OUT if split == "wordings" else SEEN)
+            conversation, more = self.evaluated(rng, split, which, number, seed)
             *prompt, (_, right) = conversation
             messages = [{"role": role, "content": [self.show(part, split) for part in parts]} for role, parts in prompt]
             items.append(Item(messages, self.want, {**self.answer(right[0]), **more}))

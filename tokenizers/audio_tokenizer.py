@@ -8,8 +8,10 @@ import torch
 from pydantic import Field
 
 from onevocab.common.errors import UserError
+from onevocab.tokenizers import sound
+from onevocab.tokenizers.audio_augment import AudioAugment, augment
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
-from onevocab.tokenizers.media import RATE, load_audio
+from onevocab.tokenizers.media import MAX_SECONDS, RATE, load_audio
 from onevocab.tokenizers.torchaudio_guard import torchaudio
 
 FFT, HOP = 1024, 256
@@ -23,12 +25,15 @@ class AudioConfig(AutoencoderConfig):
     mels: int = Field(64, ge=8, le=256, description="frequency bins of the spectrogram")
     rows: int = Field(2, ge=1, description="codes of a column")
     column_frames: int = Field(4, ge=4, multiple_of=2, description="spectrogram frames of 16 ms that a column covers")
-    max_seconds: float = Field(8.0, gt=0, description="longest sound that is encoded")
+    max_seconds: float = Field(8.0, gt=0, le=MAX_SECONDS, description="longest sound that is encoded")
+    loudness: bool = Field(True, description="sounds are brought to one loudness, in training and in prompts")
+    trim: bool = Field(True, description="silence at both ends is cut, in training and in prompts")
     clip_seconds: float = Field(0.768, gt=0, description="length of the pieces that the tokenizer trains on")
     steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
     batch_size: int = Field(32, ge=1, description="pieces a step, over all ranks")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's, for vectors; Muon's, for matrices, is five "
                                  "times as high")
+    augment: AudioAugment = AudioAugment()
 
 
 class AudioTokenizer(GridAutoencoder):
@@ -64,26 +69,35 @@ class AudioTokenizer(GridAutoencoder):
         """Columns of codes: of several codes a place each is a column of its own."""
         return RATE / HOP / self.config.column_frames * self.quantizer.codes_per_place
 
-    def read(self, source) -> np.ndarray:
-        """(samples, rate), path or bytes -> float32 mono at 16 kHz, at most `max_seconds` long.
-
-        Raises UserError on an empty or too long sound.
-        """
+    def mono(self, source) -> np.ndarray:
+        """(samples, rate), path or bytes -> float32 mono (n,) at 16 kHz. Raises UserError as `sound.to_mono` does, and
+        on an impossible rate or length."""
         samples, rate = source if isinstance(source, tuple) else load_audio(source)
-        samples = np.asarray(samples, np.float32)
-        if samples.ndim == 2:
-            samples = samples.mean(axis=1)
-        if samples.ndim != 1 or not samples.size:
-            raise UserError(f"a sound must be mono samples (n,), found shape {samples.shape}; pass (samples, rate)")
-        if len(samples) > self.config.max_seconds * rate:
-            raise UserError(f"a sound of {len(samples) / rate:.1f} s is longer than the {self.config.max_seconds} s "
-                            "this model hears at once; cut it")
+        samples = sound.to_mono(samples)
         if not 1_000 <= rate <= 768_000:
             raise UserError(f"a sound of {rate} samples a second is not understood; bring it to 16 kHz")
+        if len(samples) > MAX_SECONDS * rate:
+            raise UserError(f"a sound of {len(samples) / rate:.0f} s is longer than the {MAX_SECONDS:.0f} s allowed; "
+                            "cut it")
         rate = round(rate / 50) * 50  # a kernel for 44,101 Hz would take gigabytes; 0.1% of pitch is not heard
         if rate != RATE:
             samples = torchaudio.functional.resample(torch.from_numpy(samples), rate, RATE).numpy()
         return samples
+
+    def read(self, source) -> np.ndarray:
+        """What `mono` takes -> float32 (n,) at 16 kHz, prepared as [audio] says (`sound.prepare`), at most
+        `max_seconds` long. Raises UserError on a sound that cannot be used."""
+        samples = sound.prepare(self.mono(source), RATE, self.config.loudness, self.config.trim)
+        if len(samples) > self.config.max_seconds * RATE:
+            raise UserError(f"a sound of {len(samples) / RATE:.1f} s is longer than the {self.config.max_seconds} s "
+                            "this model hears at once; cut it")
+        return samples
+
+    def augmented(self, source, rng: np.random.Generator):
+        """A sound as it is to be heard in training: altered, for a share of them, by [audio.augment]."""
+        if rng.random() >= self.config.augment.probability:
+            return source
+        return augment(self.mono(source), RATE, self.config.augment, rng, self.config.max_seconds), RATE
 
     @torch.inference_mode()
     def log_mel(self, samples: np.ndarray) -> torch.Tensor:

@@ -83,6 +83,16 @@ class GridAutoencoder(nn.Module):
             nn.GELU(), nn.ConvTranspose2d(fine, channels, half, stride=half))
         self.to(memory_format=torch.channels_last)
 
+    @property
+    def augments(self) -> bool:
+        """Whether `augmented` alters anything: whether the section's `augment` has a probability above 0."""
+        augment = getattr(self.config, "augment", None)
+        return augment is not None and augment.probability > 0
+
+    def augmented(self, source, rng):
+        """See `MediaTokenizer`: here nothing is altered."""
+        return source
+
     def latents(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, h, w, dim), before the quantizer."""
         return rearrange(self.encoder(x.contiguous(memory_format=torch.channels_last)), "b c h w -> b h w c").float()

@@ -2,15 +2,24 @@
 
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 
 from onevocab.common.errors import UserError
 from onevocab.tokenizers.autoencoder import AutoencoderConfig, GridAutoencoder
+from onevocab.tokenizers.image_augment import ImageAugment, augment
 from onevocab.tokenizers.media import load_image, to_rgb
+
+# [image] fit -> (picture, (width, height)) -> a picture of that size
+FITS = {
+    "resize": lambda image, size: image.resize(size, Image.Resampling.BICUBIC),
+    "crop": lambda image, size: ImageOps.fit(image, size, Image.Resampling.BICUBIC),
+    "pad": lambda image, size: ImageOps.pad(image, size, Image.Resampling.BICUBIC, color="white"),
+}
 
 
 class ImageConfig(AutoencoderConfig):
@@ -18,11 +27,14 @@ class ImageConfig(AutoencoderConfig):
 
     size: tuple[int, int] = Field((64, 64), description="height and width in pixels that pictures are brought to")
     patch: int = Field(8, ge=2, multiple_of=2, description="pixels that a code covers each way")
+    fit: Literal["resize", "crop", "pad"] = Field("resize", description="how a picture of other proportions gets there: "
+                                                  "stretched; its middle cut out; or whole, with white beside it")
     max_side: int = Field(32, ge=1, le=4096, description="largest height or width, in codes, that the vocabulary has")
     steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
     batch_size: int = Field(32, ge=1, description="pictures a step, over all ranks")
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's, for vectors; Muon's, for matrices, is five "
                                  "times as high")
+    augment: ImageAugment = ImageAugment()
 
 
 class ImageTokenizer(GridAutoencoder):
@@ -52,12 +64,19 @@ class ImageTokenizer(GridAutoencoder):
         return rows, columns * self.quantizer.codes_per_place
 
     def read(self, source) -> torch.Tensor:
-        """PIL image, path or bytes -> uint8 (3, H, W) of the configured size."""
+        """PIL image, path or bytes -> uint8 (3, H, W) of the configured size, upright RGB (see `to_rgb`)."""
         image = to_rgb(source) if isinstance(source, Image.Image) else load_image(source)
-        height, width = self.config.size
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        size = self.config.size[::-1]
+        if image.size != size:
+            image = FITS[self.config.fit](image, size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def augmented(self, source, rng: np.random.Generator):
+        """A picture as it is to be seen in training: altered, for a share of them, by [image.augment]."""
+        if rng.random() >= self.config.augment.probability:
+            return source
+        image = to_rgb(source) if isinstance(source, Image.Image) else load_image(source)
+        return augment(image, self.config.augment, rng)
 
     def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
         """Files -> uint8 (n, 3, H, W); those that cannot be read are left out."""

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from onevocab.common.errors import UserError
+from onevocab.tokenizers.sound import mix, to_mono
 
 RATE = 16_000  # samples a second that sounds are brought to
 MAX_PIXELS = 50_000_000
@@ -73,13 +74,30 @@ def load_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, transparency laid over white, 16 bits a pixel brought to 8 (Pillow would cut them off at 255)."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    """RGB, upright (EXIF's orientation applied), transparency laid over white.
+
+    More than 8 bits are brought to 8, where Pillow would cut them off at 255: 16-bit and 32-bit integers above 255 count
+    as 16-bit, floats as 0..1, or 0..255 if one is above 1. Raises UserError on values outside of these.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """(height, width) of any number -> uint8"""
+    low, high = float(values.min()), float(values.max())
+    most = {"F": 1.0 if high <= 1 else 255.0, "I": 255.0 if high <= 255 else 65535.0}.get(mode, 65535.0)
+    if not (0 <= low and high <= most):  # so that NaN is caught too
+        raise UserError(f"a picture of mode {mode} holds values from {low:g} to {high:g}; scale them to 0..1 (F) or "
+                        "0..65535 (I)")
+    return np.round(values.astype(np.float64) * (255 / most)).astype(np.uint8)
 
 
 def load_audio(source, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
@@ -103,10 +121,10 @@ def load_audio(source, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, in
         raise UserError(f"{name} holds no sound (0 samples)")
     if len(samples) > limit:
         raise UserError(f"{name} is longer than the {max_seconds:.0f} s allowed; cut it")
-    mono = samples.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise UserError(f"{name} holds values that are not numbers; write it again")
-    return mono, rate
+    try:
+        return to_mono(mix(samples.T)), rate
+    except UserError as error:
+        raise UserError(f"{name}: {error}; write it again") from None
 
 
 def encode_png(image: Image.Image, level: int = 1) -> bytes:

@@ -56,6 +56,14 @@ class MediaTokenizer(Protocol):
     def encode_batch(self, sources: list) -> list[np.ndarray]:
         """Values, paths or bytes -> codes [first axis, second axis] each. Raises UserError on one that is unusable."""
 
+    @property
+    def augments(self) -> bool:
+        """Whether `augmented` alters anything."""
+
+    def augmented(self, source, rng: np.random.Generator):
+        """What `encode_batch` takes -> a value of which the same is true as of `source`, altered at random as the
+        section says; `source` itself where nothing is to be altered. For what a model sees or hears in training."""
+
     def decode_batch(self, grids: list[np.ndarray]) -> list:
         """Codes [first axis, second axis] each -> values."""
 

@@ -13,6 +13,7 @@ TASKS = collect(
     "edit",
     "look_up",
     "hear",
+    "hear_anyhow",
     "say",
     "spoken_question",
     "say_seen",

@@ -21,6 +21,7 @@ WORDINGS = {
     "count_name": Wordings(("How many {names} are there?", "Count the {names}.", "How many {names} do you see?",
                             "How many {names} are in the picture?", "Tell me how many {names} there are.")),
     "where": Wordings(("Where is the {name}?", "In which place is the {name}?", "Find the {name}.",
+                       "Tell me the place of the {name}.",
                        "Where do you see the {name}?", "Tell me where the {name} is.")),
     "yes_no": Wordings(("Is there {a_name}?", "Do you see {a_name}?", "Does the picture show {a_name}?",
                         "Is there {a_name} in the picture?", "Can you see {a_name}?")),

@@ -15,6 +15,7 @@ class Narrated(DemoTask):
     """A name spoken, and the name, without an instruction."""
 
     name, media, want, stage, samples, position = "narrated", ("audio",), "audio", "pretrain", 1_600, 0
+    augmented = False  # what the model learns to speak like
 
     def example(self, rng, split, wording):
         spoken = narrated(some_name(rng), rng)

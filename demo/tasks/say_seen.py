@@ -8,6 +8,8 @@ from onevocab.demo.utterance import narrated
 from onevocab.tasks import Metric, Wordings
 
 WORDINGS = Wordings(("Say what you see.", "Speak the name of the object.", "Say the name of what you see.",
+                     "Say what this is.", "Speak: what is in the picture?", "Say what the picture is of.",
+                     "Speak the name of what the picture shows.",
                      "Speak what you see.", "Say what the picture shows."))
 
 
