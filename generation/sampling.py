@@ -17,8 +17,8 @@ class Sampling:
     """How the next id is chosen.
 
     temperature: 0 takes the likeliest id; 1 samples from the model as it is; a number for all, or one for each modality
-    by its name, "text" for words and for the choice of what comes next (1 where it is not named). top_k: keep the k likeliest
-    (0: all). top_p: keep the smallest set whose probability reaches p (nucleus sampling, Holtzman et al.
+    by its name, "text" for words and for the choice of what comes next (1 where it is not named). top_k: keep the k
+    likeliest (0: all). top_p: keep the smallest set whose probability reaches p (nucleus sampling, Holtzman et al.
     2020; 1: all). seed: row i of a batch draws from a generator seeded with seed + i. guidance:
     classifier-free guidance (Ho and Salimans 2022) inside media: uncond + g * (cond - uncond); 1: none, at
     no cost; a number for all media, or one for each modality by its name. Raises UserError for
@@ -99,7 +99,8 @@ def sample_ids(logits: Tensor, noise: Tensor, sampling: Sampling, modality: str 
     """Places (rows,) in logits (rows, n): the greatest at temperature 0, else the distribution inverted
     at `noise`.
 
-    noise: (rows,) in [0, 1), float64; modality: what the rows are inside of. A place of probability zero is never drawn: it is the first whose cumulated probability exceeds the draw.
+    noise: (rows,) in [0, 1), float64; modality: what the rows are inside of. A place of probability
+    zero is never drawn: it is the first whose cumulated probability exceeds the draw.
     """
     if sampling.temperature_of(modality) == 0.0:
         return logits.argmax(-1)

@@ -13,9 +13,10 @@ class AudioAugment(BaseModel):
                                "altered before they are encoded for training")
     speed: float = Field(0.08, ge=0, lt=0.5, description="at most this share faster or slower (pitch moves along)")
     room: float = Field(0.35, ge=0, le=3, description="longest reverberation, seconds until it has fallen by 60 dB")
-    noise: tuple[float, float] = Field((15.0, 45.0), description="noise that is added: lowest and highest "
+    noise: tuple[float, float] = Field((10.0, 45.0), description="noise that is added: lowest and highest "
                                        "signal-to-noise ratio, dB")
-    silence: float = Field(0.25, ge=0, le=10, description="longest silence before and after, seconds: noise may fill it")
+    silence: float = Field(0.25, ge=0, le=10, description="longest silence before and after, seconds; noise may "
+                           "fill it")
     gain: float = Field(12.0, ge=0, le=40, description="at most so many dB above full scale, cut off there")
 
 

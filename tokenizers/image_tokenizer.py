@@ -27,8 +27,8 @@ class ImageConfig(AutoencoderConfig):
 
     size: tuple[int, int] = Field((64, 64), description="height and width in pixels that pictures are brought to")
     patch: int = Field(8, ge=2, multiple_of=2, description="pixels that a code covers each way")
-    fit: Literal["resize", "crop", "pad"] = Field("resize", description="how a picture of other proportions gets there: "
-                                                  "stretched; its middle cut out; or whole, with white beside it")
+    fit: Literal["resize", "crop", "pad"] = Field("resize", description="how a picture of other proportions gets "
+                                                  "there: stretched; its middle cut out; or whole, with white around")
     max_side: int = Field(32, ge=1, le=4096, description="largest height or width, in codes, that the vocabulary has")
     steps: int = Field(1500, ge=1, description="training steps of the tokenizer")
     batch_size: int = Field(32, ge=1, description="pictures a step, over all ranks")

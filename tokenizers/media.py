@@ -76,8 +76,8 @@ def load_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, upright (EXIF's orientation applied), transparency laid over white.
 
-    More than 8 bits are brought to 8, where Pillow would cut them off at 255: 16-bit and 32-bit integers above 255 count
-    as 16-bit, floats as 0..1, or 0..255 if one is above 1. Raises UserError on values outside of these.
+    More than 8 bits are brought to 8, where Pillow would cut them off at 255: 32-bit integers above 255 count as 16-bit
+    ones, floats as 0..1, or as 0..255 if one is above 1. Raises UserError on values outside of these.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
