@@ -32,6 +32,7 @@ help:
 demo: $(VENV)/.demo
 	$(RUN) $(THREADS) $(TORCHRUN) train.py configs/demo.toml $(VOICES)
 	$(RUN) $(THREADS) python -m onevocab.evaluation runs/demo
+	$(RUN) $(THREADS) python -m onevocab.demo.check runs/demo
 	@echo "The page: file://$(CURDIR)/runs/demo/report/index.html"
 
 test: $(VENV)/.dev

@@ -121,39 +121,40 @@ def wordings(run: Evaluator) -> None:
 
 
 def chosen_answers(run: Evaluator) -> None:
-    """Whether the model, asked without `want`, answers with what was asked for and nothing else: a row for each medium
-    and kind of wording, and the wording that fares worst."""
-    scores: dict[tuple[str, str], list] = {}
-    worst = None
+    """Whether the model, asked without `want`, answers with what was asked for and nothing else: rows for each medium,
+    in seen and in held-out wordings, and one for the wording that fares worst."""
+    asked: list[tuple[Task, str, str, list]] = []  # task, split, wording, prompt
     for task in measured(run):
-        if not (task.reworded and task.wordings and run.answered.get(task.name)):
-            continue
-        for kind in task.wordings:
-            for wording in kind:
-                replies = _unasked(run, task, kind, wording)
-                right = [(int(({part.modality for part in reply.segments} or {"text"}) == {task.want}), 1)
-                         for reply in replies]
-                if right:
+        if task.reworded and run.answered.get(task.name):
+            for kind in task.wordings:
+                for wording in kind:
                     split = HELD_OUT_WORDINGS if wording in kind.of(HELD_OUT) else SEEN_WORDINGS
-                    scores.setdefault((task.want, split), []).extend(right)
-                    share = metrics.ratio(right)
-                    worst = min(worst or (2.0,), (share, f"{task.name}: {wording}", right))
-    for (want, split), right in sorted(scores.items()):
-        run.rows.append(row("chosen_answers", split, f"{want} where {want} is asked for", right))
-    if worst:
-        share, wording, right = worst
-        run.rows.append(row("chosen_answers", "the wording that fares worst", "what is asked for", right))
-        run.notes.append(f"chosen_answers: the wording that fares worst is that of {wording} ({share:.2f})")
+                    asked += [(task, split, wording, prompt) for prompt in _prompts(run, task, kind, wording)]
+    replies = run.ask([prompt for *_, prompt in asked], "any")
+    by_medium: dict[tuple[str, str], list] = {}
+    by_wording: dict[str, list] = {}
+    for (task, split, wording, _), reply in zip(asked, replies, strict=True):
+        media = {name for name, values in reply.media.items() if values}
+        given = media | ({"text"} if reply.text or not media else set())
+        score = int(given == {task.want}), 1
+        by_medium.setdefault((task.want, split), []).append(score)
+        by_wording.setdefault(f"{task.name}: {wording}", []).append(score)
+    for (want, split), scores in sorted(by_medium.items()):
+        run.rows.append(row("chosen_answers", split, f"{want} where {want} is asked for", scores))
+    if by_wording:
+        worst = min(by_wording, key=lambda wording: metrics.ratio(by_wording[wording]))
+        run.rows.append(row("chosen_answers", "the wording that fares worst", "what is asked for", by_wording[worst]))
+        run.notes.append(f"chosen_answers: the wording that fares worst is that of {worst}")
 
 
-def _unasked(run: Evaluator, task: Task, kind: Wordings, wording: str) -> list:
-    """Replies to prompts in one wording, without `want`."""
+def _prompts(run: Evaluator, task: Task, kind: Wordings, wording: str) -> list:
+    """At most [evaluate] wants of a task's prompts in one wording."""
     count, prompts = run.count(run.config.wants), []
     for item in task.items("test", count * len(task.wordings), run.config.seed + 2, wording):
         texts = [part for message in item.messages for part in message["content"] if isinstance(part, str)]
-        if any(kind.matches(wording, text) for text in texts) and len(prompts) < count:
+        if any(kind.matches(wording, text) for text in texts):
             prompts.append(item.messages)
-    return run.ask(prompts, "any") if prompts else []
+    return prompts[:count]
 
 
 def reconstructions(run: Evaluator) -> None:

@@ -24,6 +24,8 @@ from onevocab.data.documents import BadSample
 from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.data.shards.writer import ShardFile
+from onevocab.tokenizers.audio_augment import AudioAugment
+from onevocab.tokenizers.audio_tokenizer import AudioTokenizer
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.media import encode_audio, load_image
 
@@ -245,3 +247,35 @@ def test_sixteen_bits_a_pixel_are_brought_to_eight():
     Image.fromarray(np.tile(ramp, (4, 1))).save(buffer, "PNG")
     read = np.asarray(load_image(buffer.getvalue()))
     assert read.shape == (4, 64, 3) and (read[0, :, 0] == np.round(ramp / 257)).all()
+
+
+def augmented_shard(path) -> None:
+    """A sound that is heard, one that is made, both; a pair, and one that is not to be altered."""
+    user, assistant = ({"role": role, "content": [audio()]} for role in ("user", "assistant"))
+    with ShardFile(path) as shard:
+        for key, data in {"heard": {"messages": [user, {"role": "assistant", "content": [text("a")]}]},
+                          "made": {"messages": [{"role": "user", "content": [text("a")]}, assistant]},
+                          "both": {"messages": [user, assistant]},
+                          "pair": {"content": [audio(), text("a")]},
+                          "kept": {"content": [audio(), text("a")], "augment": False}}.items():
+            for i in range(8):
+                shard.write(f"{key}{i}", {"json": as_json(data), "0.flac": flac(i)})
+
+
+def test_what_is_heard_is_altered_and_what_is_to_be_made_is_not(tmp_path, tokenizers):
+    """Whatever the number of ranks, and the batch in which it is encoded."""
+    (tmp_path / "raw").mkdir()
+    augmented_shard(tmp_path / "raw" / "0.tar")
+    plain = tokenizers.media["audio"]
+    changed = AudioTokenizer(plain.config.model_copy(update={"augment": AudioAugment(probability=1.0)}))
+    changed.load_state_dict(plain.state_dict())
+    bundle = Tokenizers(tokenizers.text, {**tokenizers.media, "audio": changed.eval()})
+    bundle.save(tmp_path / "tokenizers")
+    shards = {}
+    for name, made_by, batch in (("plain", tokenizers, 64), ("altered", bundle, 64), ("single", bundle, 1)):
+        tokenize_shards(tmp_path / "raw", tmp_path / name, made_by, batch=batch, progress=False)
+        shards[name] = {sample.key: sample.members["0.audio.npy"] for sample in read_shard(tmp_path / name / "0.tar")}
+    assert shards["altered"] == shards["single"]
+    differ = {key for key, codes in shards["altered"].items() if codes != shards["plain"][key]}
+    assert {key[:-1] for key in differ} == {"heard", "pair"}
+    assert any(shards["altered"][f"heard{i}"] != shards["altered"][f"pair{i}"] for i in range(8)), "each in its own way"

@@ -1,0 +1,101 @@
+"""One preparation of sounds: what Python and files hand over, loudness, silence, augmentation."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from onevocab.common.errors import UserError
+from onevocab.tokenizers.audio_augment import AudioAugment, augment
+from onevocab.tokenizers.audio_tokenizer import AudioConfig, AudioTokenizer
+from onevocab.tokenizers.media import RATE, load_audio
+from onevocab.tokenizers.sound import LOUDNESS, MARGIN, prepare, to_mono
+
+
+def word(seed: int = 0, seconds: float = 0.6) -> np.ndarray:
+    """Noise that swells and fades, float32 at 16 kHz."""
+    count = int(seconds * RATE)
+    return (np.random.default_rng(seed).normal(0, 0.2, count) * np.hanning(count)).astype(np.float32)
+
+
+@pytest.mark.parametrize("samples", [
+    (word() * 32768).astype(np.int16), (word() * 2**31).astype(np.int32),
+    ((word() * 128) + 128).round().clip(0, 255).astype(np.uint8), word().astype(np.float64),
+    np.stack([word(), word()], 1), np.stack([word(), word()]), torch.from_numpy(word())[None], word() * 20_000,
+], ids=["int16", "int32", "uint8", "float64", "n x channels", "channels x n", "torch", "beyond full scale"])
+def test_whatever_numbers_a_sound_comes_in_it_is_the_same_sound(samples):
+    """soundfile gives (n, channels), torchaudio (channels, n), wave files integers."""
+    mono = to_mono(samples)
+    assert mono.shape == word().shape and mono.dtype == np.float32 and np.abs(mono).max() <= 1
+    assert np.corrcoef(mono, word())[0, 1] > 0.99
+    assert np.abs(prepare(mono, RATE, trim=False) - prepare(word(), RATE, trim=False)).max() < 0.02
+
+
+@pytest.mark.parametrize("samples", [
+    [0.1, 0.2], np.array([1, 2]), np.array([True]), np.array(["a"]), np.zeros(0), np.zeros((0, 2)), np.zeros((9, 20)),
+    np.zeros((4, 4)), np.zeros((1, 2, 3)), np.array([0, np.nan]), np.array([0, np.inf]), np.zeros(4, np.complex64),
+    None])
+def test_what_is_no_sound_is_refused(samples):
+    with pytest.raises(UserError, match="sound"):
+        to_mono(samples)
+
+
+def test_channels_that_cancel_each_other_out_are_still_heard():
+    assert np.abs(to_mono(np.stack([word(), -word()]))).max() > 0.1
+
+
+def test_a_float_file_beyond_full_scale_is_the_same_sound():
+    file = io.BytesIO()
+    soundfile.write(file, word() * 20_000, RATE, format="WAV", subtype="FLOAT")
+    samples, _ = load_audio(file.getvalue())
+    assert np.abs(samples).max() <= 1 and np.corrcoef(samples, word())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("before, after, gain", [(0, 0, 0.1), (0.2, 0.2, 1), (2, 0, 3), (0.0371, 1, 0.01)])
+def test_silence_and_loudness_change_nothing(before, after, gain):
+    clip = np.pad(word() * np.float32(gain), (int(before * RATE), int(after * RATE)))
+    one, other = prepare(word(), RATE), prepare(clip, RATE)
+    assert one.shape == other.shape and np.abs(one - other).max() < 1e-5
+
+
+def test_prepared_sounds_have_the_stated_loudness_and_margins():
+    tone = np.sin(np.arange(RATE) / 5).astype(np.float32) * 0.03
+    sound = prepare(np.pad(tone, RATE), RATE)
+    assert abs(20 * np.log10(sound[RATE // 2 :][:2000].std()) - LOUDNESS) < 0.5
+    assert len(sound) == pytest.approx(RATE * (1 + 2 * MARGIN), abs=0.03 * RATE)
+    quiet = prepare(np.zeros(RATE, np.float32), RATE)
+    assert len(quiet) == RATE and not quiet.any(), "nothing is made out of nothing"
+
+
+def test_the_tokenizer_prepares_and_can_be_told_not_to():
+    clip = np.pad(word(), RATE // 2)
+    assert len(AudioTokenizer(AudioConfig()).read((clip, RATE))) < RATE
+    as_it_is = AudioTokenizer(AudioConfig(loudness=False, trim=False))
+    assert np.array_equal(as_it_is.read((clip, RATE)), clip)
+
+
+def test_silence_does_not_count_as_length():
+    long = np.pad(word(seconds=7), 3 * RATE)
+    assert len(AudioTokenizer(AudioConfig(max_seconds=8)).read((long, RATE))) < 8 * RATE
+
+
+def test_augmentation_keeps_the_sound_and_its_length_within_the_limit():
+    config = AudioAugment(probability=1.0)
+    for seed in range(40):
+        clip = word(seed)
+        altered = augment(clip, RATE, config, np.random.default_rng(seed), longest=0.8)
+        assert altered.dtype == np.float32 and np.isfinite(altered).all() and np.abs(altered).max() < 3
+        assert len(altered) <= 0.8 * RATE
+        assert np.array_equal(altered, augment(clip, RATE, config, np.random.default_rng(seed), longest=0.8))
+    lengths = {len(augment(clip, RATE, config, np.random.default_rng(seed), longest=2)) for seed in range(20)}
+    assert len(lengths) > 5
+
+
+def test_without_probability_nothing_is_altered():
+    assert not AudioTokenizer(AudioConfig()).augments
+    tokenizer = AudioTokenizer(AudioConfig(augment=AudioAugment(probability=0.5)))
+    source = word(), RATE
+    same = [tokenizer.augmented(source, np.random.default_rng(seed)) is source for seed in range(200)]
+    assert tokenizer.augments and 0.4 < np.mean(same) < 0.6
