@@ -8,6 +8,7 @@ TASKS = collect(
     "captions",
     "questions",
     "detection",
+    "several_pictures",
     "about_picture",
     "draw",
     "edit",

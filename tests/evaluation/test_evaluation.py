@@ -31,7 +31,7 @@ from onevocab.tokenizers.audio_tokenizer import AudioConfig, AudioTokenizer
 needs_ears = pytest.mark.skipif(not (speech.available() and speech_judge.available()), reason="speech extras missing")
 FAST = EvaluateConfig(judge_steps=120, malformed=40, candidates=20)
 DEMO = load_tasks("onevocab.demo.tasks")
-ORDER = ("caption_objects", "caption_positions", "vqa", "detection", "text_to_image_objects",
+ORDER = ("caption_objects", "caption_positions", "vqa", "detection", "several_pictures", "text_to_image_objects",
          "text_to_image_background", "image_edit", "speech_recognition", "names_heard", "text_to_speech",
          "spoken_question", "image_to_speech", "speech_to_image", "held_out_wordings", "chosen_answers",
          "malformed_outputs", "image_reconstruction_psnr", "audio_reconstruction_judge")
