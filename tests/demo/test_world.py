@@ -83,7 +83,7 @@ def test_answers_follow_from_the_scene():
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     config = DemoConfig(captions=400, narrated=30, heard=60, about_picture=200, draw=200, edit=100, spoken_question=40,
-                        hear=40, say=30, say_seen=30, draw_heard=40, clips_per_voice=1)
+                        hear=40, say=30, say_seen=30, draw_heard=40, several_pictures=20, clips_per_voice=1)
     voices = "espeak" if speech.available() else "tones"
     write_demo(folder, config.model_copy(update={"voices": voices}), samples_per_shard=150)
     return folder
@@ -140,7 +140,7 @@ def test_training_voices_are_not_the_held_out_ones():
 
 def test_shards_are_the_same_bytes_every_time(shards, tmp_path):
     config = DemoConfig(captions=20, narrated=5, heard=5, about_picture=5, draw=5, edit=5, spoken_question=5, hear=5,
-                        say=5, say_seen=5, draw_heard=5, clips_per_voice=1)
+                        say=5, say_seen=5, draw_heard=5, several_pictures=5, clips_per_voice=1)
     for folder in ("one", "two"):
         write_demo(tmp_path / folder, config)
     for shard in list_shards(tmp_path / "one"):
