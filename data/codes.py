@@ -23,6 +23,7 @@ from onevocab.data.documents import (
     BadSamples,
     codes_ending,
     document_of,
+    is_text,
     modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
@@ -204,7 +205,8 @@ def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -
     renamed = {ending: codes_ending(ending) for ending in digests}
     if len(set(renamed.values())) < len(renamed):
         raise BadSample(sample.key, sample.shard, f"media that differ only in their kind: {', '.join(digests)}")
-    members = {ending: content for ending, content in sample.members.items() if ending in ("json", "txt")}
+    members = {ending: content for ending, content in sample.members.items()
+               if ending == "json" or is_text(ending)}
     for ending, new in renamed.items():
         content, digest = sample.members[ending], digests[ending]
         if digest is not None:

@@ -31,7 +31,7 @@ from onevocab.tokenizers.vocabulary import Vocabulary
 
 LOSS, DROPPABLE = 1, 2  # flags of a stored token
 COLUMNS = LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY = range(6)  # of `about`
-VERSION = "2"  # of what a stored document is; another makes kept files be made again
+VERSION = "3"  # of what a stored document is; another makes kept files be made again
 log = logging.getLogger("onevocab.data")
 
 
