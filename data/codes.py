@@ -28,7 +28,7 @@ from onevocab.data.documents import (
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
 from onevocab.data.shards.index import build_index, read_indexed
-from onevocab.data.shards.remote import default_cache, is_remote, list_sources, local_name, shown
+from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, local_name, shown
 from onevocab.data.shards.writer import ShardFile
 
 log = logging.getLogger("onevocab.data")
@@ -60,7 +60,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
     if double:
         raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
-    cache, mine = default_cache(), shards[rank::world]
+    cache, mine = ShardCache(), shards[rank::world]
     sizes, done = [_size(shard) for shard in mine], 0
     bar = tqdm(desc="tokenize", unit="B", unit_scale=True, total=None if None in sizes else sum(sizes),
                disable=not progress or rank != 0)
@@ -117,7 +117,7 @@ def _count_known(bad: BadSamples, raw: Path, codes: Path) -> None:
 def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | None:
     """(samples, bad ones) of all shards together, once all are there, whoever made them; None before. Raises UserError
     when too many are bad."""
-    bad, cache = BadSamples(max_bad_fraction), default_cache()
+    bad, cache = BadSamples(max_bad_fraction), ShardCache()
     for shard in shards:
         out = Path(out_folder) / local_name(shard)
         if not out.exists():

@@ -20,11 +20,11 @@ log = logging.getLogger("onevocab.data")
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: `shard`, `key`, `reason`."""
+    """A sample that cannot be used: `shard`, `key` ("": the whole shard), `reason`."""
 
     def __init__(self, key: str, shard: str, reason: str):
         key, reason = _short(key), _short(reason)
-        super().__init__(f"{shard}: sample {key}: {reason}")
+        super().__init__(f"{shard}: sample {key}: {reason}" if key else f"{shard}: {reason}")
         self.key, self.shard, self.reason = key, shard, reason
 
 

@@ -24,7 +24,7 @@ from onevocab.common.processes import run_processes
 from onevocab.data.documents import BadSample, BadSamples, codes_document
 from onevocab.data.shards.format import Sample, read_header
 from onevocab.data.shards.index import CHANGED, IndexedShard
-from onevocab.data.shards.remote import default_cache, is_remote, local_name, shown
+from onevocab.data.shards.remote import ShardCache, is_remote, local_name, shown
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, encode_document
 from onevocab.tokenizers.vocabulary import Vocabulary
@@ -106,7 +106,7 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
 def encode_shard(shard, tokenizers: Tokenizers) -> ShardTokens:
     """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
     cannot be read, and for damaged codes: they can be made again."""
-    path = default_cache().fetch(shard)
+    path = ShardCache().fetch(shard)
     samples = IndexedShard(path, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(path) is None,
                            name=shown(shard))
     encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))

@@ -55,18 +55,26 @@ class Sample:
 
 
 def list_shards(path) -> list[Path]:
-    """A shard, a folder of shards, or a glob -> sorted paths. Raises UserError when there is none."""
+    """A shard, a folder of shards, or a glob -> sorted paths; as much of a glob as exists is taken literally. Raises
+    UserError when there is none."""
     path = str(path)
     if os.path.isdir(path):
         shards = sorted(Path(path).glob("*.tar"))
     elif os.path.isfile(path):
         shards = [Path(path)]
     else:
-        shards = sorted(map(Path, glob.glob(path, recursive=True)))
+        shards = sorted(map(Path, glob.glob(_pattern(path), recursive=True)))
     shards = [shard for shard in shards if not shard.name.startswith(".")]
     if not shards:
         raise UserError(f"no shards at {path}: give a .tar file, a folder that holds some, or a glob")
     return shards
+
+
+def _pattern(path: str) -> str:
+    """A path as glob's pattern, the longest beginning that exists escaped: `run [v1]/*.tar` -> `run [[]v1]/*.tar`."""
+    folders = Path(path).parts
+    exist = next(n for n in range(len(folders), -1, -1) if os.path.lexists(os.path.join("", *folders[:n]) or "."))
+    return os.path.join(glob.escape(os.path.join("", *folders[:exist])), *folders[exist:])
 
 
 # ---------------------------------------------------------------------------------------------------- reading
