@@ -76,8 +76,9 @@ def cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
 @lru_cache(maxsize=64)
 def quoted(path: Path) -> bool:
     """Whether a TSV is quoted. Each cell with a quotation mark or an end of line is a vote: for it where it is written
-    as a quoting writer does, against it where not, as is each record that such a reader cannot read. A quoted header is
-    one for it; so are quoted cells with commas, as Excel writes them, if all cells with commas are quoted."""
+    as a quoting writer does, against it where not, as is each record that such a reader cannot read, or whose lines are
+    all of the table's width. A quoted header is one for it; so are quoted cells with commas, as Excel writes them, if
+    all cells with commas are quoted."""
     votes, commas, bare = 0, 0, 0
     try:
         for text in texts(path):
@@ -87,7 +88,7 @@ def quoted(path: Path) -> bool:
                 if width is None and row and not isinstance(row, Dropped):
                     width = len(row)
                     votes += all(f'"{cell}"' in raw for cell in row)
-                elif isinstance(row, Dropped) or (row and len(row) != width):
+                elif isinstance(row, Dropped) or (row and len(row) != width) or _holds_rows(records.taken, width):
                     votes -= 1
                 else:
                     for cell in row:
@@ -99,3 +100,8 @@ def quoted(path: Path) -> bool:
     except (Dropped, *damaged()):
         votes -= 1
     return votes + (0 if bare else commas) > 0
+
+
+def _holds_rows(lines: list[str], width: int | None) -> bool:
+    """Whether a record of several lines is as many rows: its quotation marks only happen to enclose them."""
+    return len(lines) > 1 < (width or 0) and all(line.count("\t") == width - 1 for line in lines)
