@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
@@ -27,7 +28,7 @@ from onevocab.data.documents import (
     modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
-from onevocab.data.shards.index import build_index, read_indexed
+from onevocab.data.shards.index import READ, IndexedShard, build_index, read_indexed
 from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, local_name, shown
 from onevocab.data.shards.writer import ShardFile
 
@@ -125,6 +126,20 @@ def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | 
         _count_known(bad, cache.fetch(shard), out)
     bad.finish()
     return bad.seen, bad.bad
+
+
+def check_raw(shards: Iterable, max_bad_fraction: float = 0.01) -> None:
+    """What the indexes of raw shards tell before any medium is decoded. Raises UserError when a shard cannot be read,
+    or when too many samples of all shards are refused already, as where keys come again."""
+    bad, cache = BadSamples(max_bad_fraction), ShardCache()
+    for source in shards:
+        with IndexedShard(cache.fetch(source), salvage=True, name=shown(source)) as shard:
+            members = np.flatnonzero(shard.index.status != READ)
+            refused = np.unique(np.searchsorted(shard.index.first, members, "right") - 1).tolist()
+            bad.known(len(shard), len(refused))
+            for i in refused[: BadSamples.SHOWN - len(bad.first)]:
+                bad.first.append(BadSample(shard.key(i), shard.name, next(iter(shard[i].refused.values()))))
+    bad.check(bad.seen)
 
 
 def _size(shard: str) -> int | None:

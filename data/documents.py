@@ -57,16 +57,17 @@ class BadSamples:
         if len(self.first) < self.SHOWN:
             self.first.append(bad)
             log.warning("left out: %s", bad)
-        self._check(max(self.seen, 1000))
+        self.check(max(self.seen, 1000))
 
     def finish(self, partial: bool = False) -> None:
         """To be called after the last sample. Raises UserError when too many were bad; partial: of a part of the
         samples, whose rate says little about that of all while they are few."""
-        self._check(max(self.seen, 1000) if partial else self.seen)
+        self.check(max(self.seen, 1000) if partial else self.seen)
         if self.bad:
             log.warning("left out %d bad of %d samples", self.bad, self.seen)
 
-    def _check(self, seen: int) -> None:
+    def check(self, seen: int) -> None:
+        """Raises UserError when so many samples have too many bad ones among them."""
         if self.bad > self.max_fraction * seen:
             shown = "; ".join(map(str, self.first[:5])) + ("; ..." if self.bad > 5 else "")
             raise UserError(f"{self.bad} of {self.seen} samples are bad, more than the {self.max_fraction:.1%} allowed "

@@ -7,7 +7,7 @@ from samples import TEXTS, image, png, text, write_tar
 
 from onevocab.common.errors import UserError
 from onevocab.data import survey
-from onevocab.data.codes import tokenize_shards
+from onevocab.data.codes import check_raw, tokenize_shards
 from onevocab.data.documents import BadSample, codes_document, document_of
 from onevocab.data.shards.format import SPLIT, read_shard
 from onevocab.data.shards.index import build_index, read_indexed
@@ -34,6 +34,9 @@ def test_pieces_of_a_sample_are_bad_samples(tmp_path, tokenizers, capsys):
         tokenize_shards(shard, tmp_path / "refused", tokenizers, progress=False)
     stats = tokenize_shards(shard, tmp_path / "codes", tokenizers, max_bad_fraction=1, progress=False)
     assert (stats.samples, stats.bad) == (2, 10)
+    with pytest.raises(UserError, match="10 of 12 samples are bad.*a.tar: sample 0: its key comes again"):
+        check_raw([shard])
+    check_raw([shard, write_tar(tmp_path / "b.tar", [("a.txt", b"a")])], 0.8)
     survey.main([str(shard), "--out", str(tmp_path / "page.html")])
     assert "2 samples of 1 shards, 10 bad ones left out" in capsys.readouterr().out
     assert "--sort=name" in (tmp_path / "page.html").read_text(encoding="utf-8")
