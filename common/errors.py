@@ -1,6 +1,7 @@
 """How a user's mistake is reported: one clear line, a non-zero exit code, no traceback."""
 
 import functools
+import io
 import sys
 
 
@@ -17,10 +18,14 @@ def invalid(error, where) -> UserError:
 
 def cli(main):
     """Wraps a command's `main`: a UserError, or a file that the system refuses, becomes one line on stderr and exit
-    code 2; Ctrl-C exits 130."""
+    code 2; Ctrl-C exits 130. What the terminal's encoding cannot write, an emoji in a stranger's file name, is printed
+    as an escape."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # not one that a caller put in its place
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(*args, **kwargs)
         except UserError as error:

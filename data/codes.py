@@ -25,12 +25,13 @@ from onevocab.data.documents import (
     BadSamples,
     codes_ending,
     document_of,
+    is_text,
     may_augment,
     modality_of_ending,
 )
 from onevocab.data.shards.format import Sample, check_header, codes_to_npy, npy_to_codes, read_header
-from onevocab.data.shards.index import build_index, read_indexed
-from onevocab.data.shards.remote import default_cache, is_remote, list_sources, local_name, shown
+from onevocab.data.shards.index import READ, IndexedShard, build_index, read_indexed
+from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, local_name, shown
 from onevocab.data.shards.writer import ShardFile
 
 log = logging.getLogger("onevocab.data")
@@ -62,7 +63,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
     if double:
         raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
-    cache, mine = default_cache(), shards[rank::world]
+    cache, mine = ShardCache(), shards[rank::world]
     sizes, done = [_size(shard) for shard in mine], 0
     bar = tqdm(desc="tokenize", unit="B", unit_scale=True, total=None if None in sizes else sum(sizes),
                disable=not progress or rank != 0)
@@ -119,7 +120,7 @@ def _count_known(bad: BadSamples, raw: Path, codes: Path) -> None:
 def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | None:
     """(samples, bad ones) of all shards together, once all are there, whoever made them; None before. Raises UserError
     when too many are bad."""
-    bad, cache = BadSamples(max_bad_fraction), default_cache()
+    bad, cache = BadSamples(max_bad_fraction), ShardCache()
     for shard in shards:
         out = Path(out_folder) / local_name(shard)
         if not out.exists():
@@ -127,6 +128,20 @@ def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | 
         _count_known(bad, cache.fetch(shard), out)
     bad.finish()
     return bad.seen, bad.bad
+
+
+def check_raw(shards: Iterable, max_bad_fraction: float = 0.01) -> None:
+    """What the indexes of raw shards tell before any medium is decoded. Raises UserError when a shard cannot be read,
+    or when too many samples of all shards are refused already, as where keys come again."""
+    bad, cache = BadSamples(max_bad_fraction), ShardCache()
+    for source in shards:
+        with IndexedShard(cache.fetch(source), salvage=True, name=shown(source)) as shard:
+            members = np.flatnonzero(shard.index.status != READ)
+            refused = np.unique(np.searchsorted(shard.index.first, members, "right") - 1).tolist()
+            bad.known(len(shard), len(refused))
+            for i in refused[: BadSamples.SHOWN - len(bad.first)]:
+                bad.first.append(BadSample(shard.key(i), shard.name, next(iter(shard[i].refused.values()))))
+    bad.check(bad.seen)
 
 
 def _size(shard: str) -> int | None:
@@ -241,7 +256,8 @@ def _with_codes(sample: Sample, digests: dict[str, bytes | None], codes: dict) -
     renamed = {ending: codes_ending(ending) for ending in digests}
     if len(set(renamed.values())) < len(renamed):
         raise BadSample(sample.key, sample.shard, f"media that differ only in their kind: {', '.join(digests)}")
-    members = {ending: content for ending, content in sample.members.items() if ending in ("json", "txt")}
+    members = {ending: content for ending, content in sample.members.items()
+               if ending == "json" or is_text(ending)}
     for ending, new in renamed.items():
         content, digest = sample.members[ending], digests[ending]
         if digest is not None:

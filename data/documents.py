@@ -20,11 +20,11 @@ log = logging.getLogger("onevocab.data")
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: `shard`, `key`, `reason`."""
+    """A sample that cannot be used: `shard`, `key` ("": the whole shard), `reason`."""
 
     def __init__(self, key: str, shard: str, reason: str):
         key, reason = _short(key), _short(reason)
-        super().__init__(f"{shard}: sample {key}: {reason}")
+        super().__init__(f"{shard}: sample {key}: {reason}" if key else f"{shard}: {reason}")
         self.key, self.shard, self.reason = key, shard, reason
 
 
@@ -57,16 +57,17 @@ class BadSamples:
         if len(self.first) < self.SHOWN:
             self.first.append(bad)
             log.warning("left out: %s", bad)
-        self._check(max(self.seen, 1000))
+        self.check(max(self.seen, 1000))
 
     def finish(self, partial: bool = False) -> None:
         """To be called after the last sample. Raises UserError when too many were bad; partial: of a part of the
         samples, whose rate says little about that of all while they are few."""
-        self._check(max(self.seen, 1000) if partial else self.seen)
+        self.check(max(self.seen, 1000) if partial else self.seen)
         if self.bad:
             log.warning("left out %d bad of %d samples", self.bad, self.seen)
 
-    def _check(self, seen: int) -> None:
+    def check(self, seen: int) -> None:
+        """Raises UserError when so many samples have too many bad ones among them."""
         if self.bad > self.max_fraction * seen:
             shown = "; ".join(map(str, self.first[:5])) + ("; ..." if self.bad > 5 else "")
             raise UserError(f"{self.bad} of {self.seen} samples are bad, more than the {self.max_fraction:.1%} allowed "
@@ -79,27 +80,32 @@ class BadSamples:
 def document_of(sample: Sample) -> Document:
     """What a sample says, its media as MediaFiles: nothing is decoded. A file that is shown twice is one object.
 
-    Understood: `json` with `content` or `messages`; else media beside `txt` (img2dataset's `jpg + txt`, `flac + txt`;
-    a `json` of metadata beside them is passed over); else a lone `txt` or medium. Loss falls on the assistant's turns,
-    or on everything in a plain document. Raises BadSample.
+    Understood: `json` with `content` or `messages`; else one medium of a modality beside one text (img2dataset's
+    `jpg + txt`, `flac + txt`; a `json` of metadata beside them is passed over); else a lone text or medium. A text or
+    medium that none of these uses makes the sample a bad one: the names of several files, cut at their first dot, are
+    one key. Loss falls on the assistant's turns, or on everything in a plain document. Raises BadSample.
     """
     if sample.refused:
         ending, reason = next(iter(sample.refused.items()))
         raise BadSample(sample.key, sample.shard, f"member {ending} refused: {reason}" if ending else reason)
     files = {ending: MediaFile(ending, content) for ending, content in sample.members.items()}
     try:
-        data = json.loads(sample.members["json"].decode("utf-8")) if "json" in sample.members else None
-        if isinstance(data, dict) and "messages" in data:
-            return conversation([_message(message, files) for message in _list(data["messages"], "messages")])
-        if isinstance(data, dict) and "content" in data:
-            return plain_document([_part(part, files) for part in _list(data["content"], "content")])
-        parts: list[Part] = [(modality_of_ending(ending), files[ending]) for ending in sorted(files)
-                             if modality_of_ending(ending)]
-        if "txt" in sample.members:
-            parts.append(("text", sample.members["txt"].decode("utf-8").strip()))
-        if not parts:
-            raise ValueError("no json with content or messages, no txt, no medium")
-        return plain_document(parts)
+        data = _document_json(sample.members.get("json"))
+        if "messages" in data:
+            read = conversation([_message(message, files) for message in _list(data["messages"], "messages")])
+        elif "content" in data:
+            read = plain_document([_part(part, files) for part in _list(data["content"], "content")])
+        else:
+            read = plain_document(_parts(files))
+        if data:
+            used = {medium.content.ending for medium in read.media}
+            for ending in sorted(files.keys() - used):
+                if modality_of_ending(ending) or is_text(ending):
+                    raise ValueError(f"its json does not use member {ending}")
+        for ending in files:
+            if ending.endswith(".json") and _document_json(sample.members[ending]):
+                raise ValueError(f"member {ending} holds content or messages, but only json is read so")
+        return read
     except RecursionError:
         raise BadSample(sample.key, sample.shard, "json nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -115,6 +121,36 @@ def may_augment(sample: Sample) -> bool:
     `"augment": false`."""
     data = json.loads(sample.members["json"]) if "json" in sample.members else None
     return not isinstance(data, dict) or data.get("augment") is not False
+
+
+def _document_json(content: bytes | None) -> dict:
+    """A member's JSON if it says what the document is; {} where there is none, or one of metadata."""
+    data = None if content is None else json.loads(content.decode("utf-8"))
+    return data if isinstance(data, dict) and ("messages" in data or "content" in data) else {}
+
+
+def _parts(files: dict[str, MediaFile]) -> list[Part]:
+    """The parts of a sample without a json that says them: at most one medium of each modality, then its text."""
+    media: dict[str, str] = {}  # modality -> ending
+    for ending in sorted(files):
+        if modality := modality_of_ending(ending):
+            if media.setdefault(modality, ending) != ending:
+                raise ValueError(f"members {media[modality]} and {ending} of one key, which is a name up to its first "
+                                 "dot, and no json that says how they belong together: rename the files, or convert "
+                                 "their folder")
+    texts = [ending for ending in files if is_text(ending)]
+    if len(texts) > 1:
+        raise ValueError(f"texts {' and '.join(sorted(texts)[:2])} of one key, which is a name up to its first dot: "
+                         "rename the files, or convert their folder")
+    if not media and not texts:
+        raise ValueError("no json with content or messages, no txt, no medium")
+    parts: list[Part] = [(modality, files[ending]) for modality, ending in media.items()]
+    return parts + [("text", files[ending].content.decode("utf-8").strip()) for ending in texts]
+
+
+def is_text(ending: str) -> bool:
+    """Whether a member is a text: `txt`, or `output.txt` where a file's name has more dots."""
+    return ending.rpartition(".")[2] == "txt"
 
 
 def _list(value, name: str) -> list:

@@ -21,7 +21,7 @@ from onevocab.common.html import escape, media_element
 from onevocab.data.documents import BadSample, codes_document, document_of, read_media
 from onevocab.data.shards.format import Sample, check_header, npy_to_codes, read_header
 from onevocab.data.shards.index import read_indexed
-from onevocab.data.shards.remote import default_cache, list_sources, shown
+from onevocab.data.shards.remote import ShardCache, list_sources, shown
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import MediaFile, Segment
 from onevocab.tokenizers.media import encode_png
@@ -64,7 +64,7 @@ def survey(shards: list, tokenizers: Tokenizers | None = None, samples: int = 20
     for source in shards:
         read, whose, name = 0, "raw", shown(source)
         try:
-            path = default_cache().fetch(source)
+            path = ShardCache().fetch(source)
             if header := read_header(path):
                 whose = f"codes of tokenizers {header['tokenizers']}"
         except UserError as error:

@@ -24,14 +24,14 @@ from onevocab.common.processes import run_processes
 from onevocab.data.documents import BadSample, BadSamples, codes_document
 from onevocab.data.shards.format import Sample, read_header
 from onevocab.data.shards.index import CHANGED, IndexedShard
-from onevocab.data.shards.remote import default_cache, is_remote, local_name, shown
+from onevocab.data.shards.remote import ShardCache, is_remote, local_name, shown
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.document import Document, Segment, encode_document
 from onevocab.tokenizers.vocabulary import Vocabulary
 
 LOSS, DROPPABLE = 1, 2  # flags of a stored token
 COLUMNS = LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY = range(6)  # of `about`
-VERSION = "2"  # of what a stored document is; another makes kept files be made again
+VERSION = "3"  # of what a stored document is; another makes kept files be made again
 log = logging.getLogger("onevocab.data")
 
 
@@ -106,7 +106,7 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
 def encode_shard(shard, tokenizers: Tokenizers) -> ShardTokens:
     """Encodes all samples of a shard; of damaged raw media those before the damage. Raises UserError when the shard
     cannot be read, and for damaged codes: they can be made again."""
-    path = default_cache().fetch(shard)
+    path = ShardCache().fetch(shard)
     samples = IndexedShard(path, tokenizers_hash=tokenizers.hash, verify=True, salvage=read_header(path) is None,
                            name=shown(shard))
     encode_text = lru_cache(200_000)(lambda text: np.array(tokenizers.text.encode(text), np.int32))

@@ -25,6 +25,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
         one.add_argument("--parts", type=positive, metavar="N",
                          help="split each file of the input into N parts (default: as few as give every rank one)")
+        one.add_argument("--follow-links", action="store_true",
+                         help="also links that lead out of the input's or the media's folder: for folders of your own")
         for option in chosen.options:
             option.add_to(one)
     return parser

@@ -3,7 +3,6 @@
 A medium and a caption become a plain document of two parts; a file with several captions gives as many documents.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,6 +13,8 @@ from onevocab.data.convert import tables
 from onevocab.data.convert.media import KINDS, VIDEO, MediaFolder, kind_of, suffix_of
 from onevocab.data.convert.options import CAPTIONS, FRAMES, MAP, MEDIA, Format
 from onevocab.data.convert.samples import Dropped, Row, field_of, list_of, pairs
+from onevocab.data.convert.streams import encoding_of
+from onevocab.data.convert.walking import walk
 
 FILES = ("file_name", "file", "filename", "path", "filepath",
          *(name for kind in KINDS for name in (kind, f"{kind}_path")))
@@ -35,8 +36,9 @@ def _units(options) -> list[Path]:
     """Tables: the input itself, or `metadata.*` in a folder (as `datasets` publishes folders of media). Else the folder
     itself: files with captions beside them."""
     if options.source.is_file():
-        return tables.files_of(options.source)
-    described = sorted(path for path in options.source.rglob("metadata.*") if tables.kind_of(path) in tables.TABLES)
+        return tables.files_of(options)
+    described = sorted(options.source / place / name for place, names in walk(options) for name in names
+                       if name.startswith("metadata.") and tables.kind_of(Path(name)) in tables.TABLES)
     return [path for path in described if _names_files(path, options)] or [options.source]
 
 
@@ -58,32 +60,50 @@ def _records(unit: Path) -> Iterator[Row]:
 
 
 def _rows(options, unit: Path) -> Iterator[Row]:
-    """Records are (folder of the media, path of a file or a table's record)."""
+    """Records are (folder of the media, files and the one with their captions, or a table's record)."""
     if unit.is_dir():
-        yield from _walk(unit)
+        for place, names in walk(options):
+            yield from ((name, row if isinstance(row, Dropped) else (unit, row))
+                        for name, row in sorted(_beside(place, names), key=lambda row: row[0]))
         return
     folder = unit.parent if options.source.is_dir() else options.media.root
     for name, record in _records(unit):
         yield name, record if isinstance(record, Dropped) else (folder, record)
 
 
-def _walk(folder: Path) -> Iterator[Row]:
-    for here, folders, names in os.walk(folder):
-        folders.sort()
-        videos = {Path(name).stem for name in names if kind_of(name) == VIDEO}
-        for name in sorted(names):
-            place = Path(here, name).relative_to(folder).as_posix()
-            used = suffix_of(name) in (".txt", ".json") or (
-                suffix_of(name) in (".srt", ".vtt") and Path(name).stem in videos)
-            if not name.startswith(".") and not used:
-                yield place, (folder, place) if kind_of(name) else Dropped("unknown ending", place)
+def _beside(place: str, names: list[str]) -> Iterator[Row]:
+    """The files of a folder that share a name: [media], and the file with their captions or None. A picture and a sound
+    are one document; several of a kind, and videos, are one each. A caption of no medium is dropped."""
+    media: dict[str, list[str]] = {}
+    captions: dict[str, str] = {}
+    subtitles: dict[str, list[str]] = {}
+    for name in names:
+        stem, suffix, here = name.rpartition(".")[0], suffix_of(name), Path(place, name).as_posix()
+        if kind_of(name):
+            media.setdefault(stem, []).append(here)
+        elif suffix in (".srt", ".vtt"):
+            subtitles.setdefault(stem, []).append(here)
+        elif suffix not in (".txt", ".json"):
+            yield here, Dropped("unknown ending")
+        elif suffix == ".txt" or stem not in captions:
+            captions[stem] = here
+    for stem, files in media.items():
+        kinds = sorted(files, key=lambda file: KINDS.index(kind_of(file)))
+        one = len(set(map(kind_of, files))) == len(files) and VIDEO not in map(kind_of, files)
+        yield from ((some[0], (some, captions.get(stem))) for some in ([kinds] if one else [[file] for file in files]))
+    yield from ((captions[stem], Dropped("caption of no medium")) for stem in captions.keys() - media.keys())
+    for stem, files in subtitles.items():
+        if VIDEO not in map(kind_of, media.get(stem, ())):
+            yield from ((file, Dropped("unknown ending")) for file in files)
 
 
 def _make(options, name: str, row) -> Iterator:
     folder, record = row
-    media = _folder(folder, options.frames)
-    if isinstance(record, str):
-        return pairs(lambda: media.parts(record), _beside(media, record), options.captions)
+    media = _folder(folder, options.frames, options.follow_links)
+    if isinstance(record, tuple):
+        files, beside = record
+        return pairs(lambda: [part for file in files for part in media.parts(file)],
+                     _captions_in(media, beside) if beside else [], options.captions)
     file = field_of(record, *[options.map["file"]] if "file" in options.map else FILES)
     captions = captions_of(record, *[options.map["caption"]] if "caption" in options.map else TEXTS)
     if file is None:
@@ -92,38 +112,29 @@ def _make(options, name: str, row) -> Iterator:
 
 
 @lru_cache(maxsize=16)
-def _folder(folder: Path, frames: int) -> MediaFolder:
-    return MediaFolder(folder, frames)
+def _folder(folder: Path, frames: int, follow_links: bool) -> MediaFolder:
+    return MediaFolder(folder, frames, follow_links)
 
 
-def _beside(media: MediaFolder, place: str) -> list:
-    """The captions beside a file: lines of a .txt, or a .json that holds a text, a list or an object with either."""
-    stem = place.rpartition(".")[0]
-    for ending in (".txt", ".json"):
+def _captions_in(media: MediaFolder, place: str) -> list:
+    """The captions in a file: lines of a .txt, or a .json that holds a text, a list or an object with either."""
+    try:
+        with open(media.find(place), "rb") as file:
+            content = file.read(MAX_SIDECAR + 1)
+    except OSError as error:
+        raise Dropped("damaged input", f"{place}: {error.strerror}") from None
+    if len(content) > MAX_SIDECAR:
+        raise Dropped("too large", f"{place} has more than {MAX_SIDECAR:,} bytes")
+    if suffix_of(place) == ".txt":
         try:
-            path = media.find(stem + ending)
-        except Dropped as dropped:
-            if dropped.reason != "missing media":
-                raise
-            continue
-        try:
-            with open(path, "rb") as file:
-                content = file.read(MAX_SIDECAR + 1)
-        except OSError as error:
-            raise Dropped("damaged input", f"{stem}{ending}: {error.strerror}") from None
-        if len(content) > MAX_SIDECAR:
-            raise Dropped("too large", f"{stem}{ending} has more than {MAX_SIDECAR:,} bytes")
-        if ending == ".txt":
-            try:
-                text = content.decode("utf-8-sig")
-            except UnicodeError as error:
-                raise Dropped("bad text", f"{stem}{ending} is not UTF-8 ({error}): save it as UTF-8") from None
-            return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-        value = tables.record_of(content)
-        if isinstance(value, Dropped):
-            raise value
-        return captions_of(value, *TEXTS) if isinstance(value, dict) else list_of(value)
-    return []
+            text = content.decode(encoding_of(content[:4]))
+        except UnicodeError as error:
+            raise Dropped("bad text", f"{place} is not UTF-8 ({error}): save it as UTF-8") from None
+        return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    value = tables.record_of(content)
+    if isinstance(value, Dropped):
+        raise value
+    return captions_of(value, *TEXTS) if isinstance(value, dict) else list_of(value)
 
 
 FORMATS = {

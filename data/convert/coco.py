@@ -69,7 +69,7 @@ def to_box(bbox, width: float, height: float) -> tuple[int, int, int, int] | Non
 
 def _box_units(options) -> list[Path]:
     """Of a folder without `person_keypoints_*`, which repeat the boxes of `instances_*`."""
-    files = tables.files_of(options.source, (".json",))
+    files = tables.files_of(options, (".json",))
     return [path for path in files if path == options.source or not path.name.startswith("person_keypoints")]
 
 

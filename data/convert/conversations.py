@@ -128,7 +128,7 @@ def _answers_of(options, questions: Path) -> Path | None:
 
 
 def _vqa_units(options) -> list[Path]:
-    questions = tables.files_of(options.source, (".json",), "*questions*")
+    questions = tables.files_of(options, (".json",), "*questions*")
     if not any(_answers_of(options, path) for path in questions):
         raise UserError(f"no answers to {questions[0]}: give their file by --annotations")
     return questions
@@ -182,7 +182,7 @@ def _vqa(options, name: str, row) -> Iterator[Converted]:
 
 def _chart_units(options) -> list[Path]:
     """`annotations/` holds what is drawn in each chart, a JSON each."""
-    return [path for path in tables.files_of(options.source, (".json",)) if path.parent.name != "annotations"]
+    return [path for path in tables.files_of(options, (".json",)) if path.parent.name != "annotations"]
 
 
 def _chart_rows(options, unit: Path) -> Iterator[Row]:
@@ -219,7 +219,7 @@ def _pictures_of(options, instructions: Path) -> Path:
 
 
 def _mimic_units(options) -> list[Path]:
-    instructions = tables.files_of(options.source, (".json",), "*instructions*")
+    instructions = tables.files_of(options, (".json",), "*instructions*")
     for path in instructions:
         _pictures_of(options, path)
     return instructions

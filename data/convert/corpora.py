@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from onevocab.data.convert import tables
+from onevocab.data.convert import streams, tables
 from onevocab.data.convert.options import MAP, Format, Option, positive
 from onevocab.data.convert.samples import Converted, Dropped, Row, field_of, text_of
+from onevocab.data.convert.walking import walk
 from onevocab.tokenizers.document import plain_document
 
 MAX_TEXT = 64 << 20  # bytes of one document
@@ -27,6 +28,15 @@ def pieces(text: str, limit: int | None) -> Iterator[str]:
     yield text[start:].strip()
 
 
+def _units(options) -> list[Path]:
+    """The files of texts; the others are counted."""
+    kinds = (".txt", *tables.LINES)
+    if options.source.is_dir():
+        options.passed_over |= {str(Path(place, name)): Dropped("unknown ending") for place, names in walk(options)
+                                for name in names if tables.kind_of(Path(name)) not in kinds}
+    return tables.files_of(options, kinds)
+
+
 def _rows(options, unit: Path) -> Iterator[Row]:
     if tables.kind_of(unit) != ".txt":
         yield from tables.rows(unit)
@@ -37,7 +47,7 @@ def _rows(options, unit: Path) -> Iterator[Row]:
 
 def _texts(by: str, path: Path) -> Iterator[str | Dropped]:
     held, size = [], 0
-    for line in tables.lines(path, empty=True):
+    for line in streams.lines(path, empty=True):
         if by == "line" or (by == "paragraph" and not line.strip()):
             held.append(line)
             yield from _text(held, size)
@@ -66,5 +76,5 @@ def _make(options, name: str, record) -> Iterator[Converted | Dropped]:
 
 FORMATS = {
     "text": Format("plain text: .txt, or JSON lines with a field of text, also compressed",
-                   tables.units_of(".txt", *tables.LINES), _rows, _make, (BY, MAX_CHARS, MAP), ("text",)),
+                   _units, _rows, _make, (BY, MAX_CHARS, MAP), ("text",)),
 }

@@ -62,7 +62,7 @@ def _units(options) -> list[Path]:
     if not {"conversations", "response", "text"} & set(options.map):
         raise UserError("say by --map which field holds the conversations, the response, or the text: "
                         "--map instruction=question --map response=answer --map image=file")
-    return tables.files_of(options.source)
+    return tables.files_of(options)
 
 
 def _make(options, name: str, record) -> Iterator[Converted | Dropped]:
@@ -74,7 +74,7 @@ def _make(options, name: str, record) -> Iterator[Converted | Dropped]:
 
 def _folder_units(options) -> list[Path]:
     """The files of all splits, or of one: `train-00000-of-00002.parquet`, `train/data-00000-of-00001.arrow`."""
-    files = [path for path in tables.files_of(options.source, tables.COLUMNS) if not path.name.startswith("cache-")]
+    files = [path for path in tables.files_of(options, tables.COLUMNS) if not path.name.startswith("cache-")]
     if options.split:
         files = [path for path in files if options.split in (path.name.partition("-")[0], path.stem, path.parent.name)]
     if options.split and not files:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from onevocab.common.errors import UserError
 from onevocab.data.convert.samples import Dropped, Medium
+from onevocab.data.convert.walking import OUTSIDE, leads_out
 from onevocab.data.documents import UNDECODABLE
 from onevocab.data.shards.format import MAX_MEMBER
 from onevocab.tokenizers.document import Part
@@ -72,13 +73,13 @@ def check(content: bytes, name: str, suffix: str | None = None) -> Part:
 
 
 class MediaFolder:
-    """The folder below which records' files lie. frames: at most so many of a video. Raises UserError when there is no
-    such folder."""
+    """The folder below which records' files lie. frames: at most so many of a video; follow_links: whether links may
+    lead out of it. Raises UserError when there is no such folder."""
 
-    def __init__(self, root, frames: int = 8):
+    def __init__(self, root, frames: int = 8, follow_links: bool = False):
         if not Path(root).is_dir():
             raise UserError(f"no folder of media at {root}: give the one that the records' paths start from by --media")
-        self.root, self.frames = Path(root).resolve(), frames
+        self.root, self.frames, self.follow_links = Path(root).resolve(), frames, follow_links
 
     def find(self, name: str) -> Path:
         """A record's path -> the file. Raises Dropped.
@@ -86,7 +87,7 @@ class MediaFolder:
         A relative path starts at the folder. Of an absolute one, or a URL, the longest tail that exists below the
         folder is taken; of a URL one of two steps at least, since other hosts have files of that name too. Its query is
         part of the file's name (`b.png?w=3`, as wget writes it) where there is such a file, else it is left out. A path
-        with `..`, or a link that leads out of the folder, is refused.
+        with `..` is refused, and a link that leads out of the folder unless those are followed.
         """
         place, query = _URL.match(name).groups(default="")
         steps = [step for step in re.split(r"[/\\]+", place) if step not in ("", ".")]
@@ -96,8 +97,8 @@ class MediaFolder:
             for end in dict.fromkeys((query.replace("/", "%2F"), "")):
                 path = Path(f"{self.root.joinpath(*steps[start:])}{end}")
                 if os.path.isfile(path):
-                    if not path.resolve().is_relative_to(self.root):
-                        raise Dropped("unsafe path", f"{name} is a link that leads out of the folder of media")
+                    if not self.follow_links and leads_out(path, self.root):
+                        raise Dropped("unsafe path", f"{name} is {OUTSIDE}")
                     return path
         raise Dropped("missing media", f"no {name} below {self.root}")
 

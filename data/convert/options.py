@@ -66,20 +66,20 @@ class Format(NamedTuple):
     roles: tuple[str, ...] = ()
 
 
-def options_of(name: str, chosen: Format, source, given: dict) -> SimpleNamespace:
-    """A format's options: `source` (Path), `media` (MediaFolder), `map` ({role: field}), the others as given or by
-    default. Raises UserError."""
+def options_of(name: str, chosen: Format, source, given: dict, follow_links: bool = False) -> SimpleNamespace:
+    """A format's options: `source` (Path), `follow_links`, `passed_over` (what `walk` passes over), `media`
+    (MediaFolder), `map` ({role: field}), the others as given or by default. Raises UserError."""
     values = {option.name: option.default for option in chosen.options}
     unknown = sorted(set(given) - set(values))
     if unknown:
         raise UserError(f"{name} has no option {', '.join(unknown)}; it takes {', '.join(values)}")
     values |= {option: value for option, value in given.items() if value is not None}
-    options = SimpleNamespace(**values, source=Path(source))
+    options = SimpleNamespace(**values, source=Path(source), follow_links=follow_links, passed_over={})
     if not options.source.exists():
         raise UserError(f"no such file or folder: {source}; check the path")
     if "media" in values:
         beside = options.source if options.source.is_dir() else options.source.parent
-        options.media = MediaFolder(options.media or beside, values.get("frames", 1))
+        options.media = MediaFolder(options.media or beside, values.get("frames", 1), follow_links)
     if "map" in values:
         options.map = _roles(options.map or (), chosen.roles)
     return options

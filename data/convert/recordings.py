@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onevocab.common.errors import UserError
-from onevocab.data.convert import tables
+from onevocab.data.convert import streams, tables
 from onevocab.data.convert.captions import captions_of
 from onevocab.data.convert.media import kind_of, suffix_of
 from onevocab.data.convert.options import CAPTIONS, FILE, FRAMES, MEDIA, SPLIT, Format
@@ -28,7 +28,7 @@ def _voice_units(options) -> list[Path]:
     if options.source.is_dir():
         raise UserError(f"{options.source} holds several lists, of recordings nobody confirmed too: give one of them, "
                         "as validated.tsv")
-    return tables.files_of(options.source, (".tsv",))
+    return tables.files_of(options, (".tsv",))
 
 
 def _common_voice(options, name: str, record) -> Iterator[Converted | Dropped]:
@@ -58,20 +58,20 @@ def _wavcaps(options, name: str, record) -> Iterator[Converted | Dropped]:
 # ------------------------------------------------------------------------------------------------ LibriSpeech
 
 
-def _transcripts(source: Path) -> list[Path]:
-    return tables.files_of(source, (".txt",), "*.trans.txt")
+def _transcripts(options) -> list[Path]:
+    return tables.files_of(options, (".txt",), "*.trans.txt")
 
 
 def _librispeech_units(options) -> list[Path]:
-    return [options.source] if _transcripts(options.source) else []
+    return [options.source] if _transcripts(options) else []
 
 
 def _librispeech_rows(options, unit: Path) -> Iterator[Row]:
     folder = unit if unit.is_dir() else unit.parent
-    for path in _transcripts(unit):
+    for path in _transcripts(options):
         place = path.parent.relative_to(folder).as_posix()
         try:
-            for line in tables.lines(path):
+            for line in streams.lines(path):
                 utterance, _, words = line.decode("utf-8", "surrogateescape").strip().partition(" ")
                 yield f"{place}/{utterance}", (f"{place}/{utterance}.flac", words)
         except Dropped as dropped:  # one chapter of many

@@ -56,7 +56,7 @@ def sample_of(document: Document, source: str) -> dict[str, bytes]:
     try:  # a lone surrogate: bytes that are no UTF-8, or half a pair spelled in JSON
         return members_of(filled, {"source": printable(source)})
     except UnicodeEncodeError as error:
-        raise Dropped("bad text", f"not Unicode ({error.reason})") from None
+        raise Dropped("bad text", f"not Unicode ({error.reason}): save the input as UTF-8") from None
 
 
 # ------------------------------------------------------------------------------------------- reading of records

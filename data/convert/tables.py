@@ -1,32 +1,26 @@
 """Records of published files: JSON, JSON lines, CSV, TSV, and columns (parquet, arrow) through pyarrow.
 
-All but columns may be compressed (`.gz`, `.zip`; `.zst` with the package zstandard). A record that cannot be read takes
-the place of a record as a `Dropped`, so that the others of its file are read; a file that is damaged raises one.
+All but columns may be compressed. A record that cannot be read takes the place of a record as a `Dropped`, so that the
+others of its file are read; a file that is damaged raises one.
 """
 
-import csv
-import gzip
-import io
 import json
-import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
 from onevocab.common.errors import UserError
+from onevocab.data.convert import cells
 from onevocab.data.convert.samples import Dropped, Row
-from onevocab.data.shards.remote import unpacked_zstd
+from onevocab.data.convert.streams import PACKED, damaged, lines, streams
+from onevocab.data.convert.walking import walk
 
-MAX_LINE = 64 << 20  # bytes
 BATCH = 64  # rows of columns in memory at once: a row may hold pictures
 LINES, COLUMNS = (".jsonl", ".ndjson"), (".parquet", ".arrow")
 TABLES = (".json", *LINES, ".csv", ".tsv", *COLUMNS)
-PACKED = (".gz", ".zip", ".zst")
 MAX_DOCUMENT = 1 << 30  # bytes of a compressed file that is one JSON document
-_DAMAGED = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
 
 
 def kind_of(path: Path) -> str:
@@ -38,18 +32,20 @@ def kind_of(path: Path) -> str:
     return name.suffix
 
 
-def files_of(source: Path, kinds: tuple[str, ...] = TABLES, pattern: str = "*") -> list[Path]:
-    """A file, or those of a folder and the folders in it, in a fixed order. Raises UserError when there is none."""
+def files_of(options, kinds: tuple[str, ...] = TABLES, pattern: str = "*") -> list[Path]:
+    """The source, a file, or those of a folder and the folders in it, in a fixed order. Raises UserError when there is
+    none."""
+    source = options.source
     if source.is_file():
         if kind_of(source) not in kinds:
             raise UserError(f"{source}: this format reads {' '.join(kinds)}")
         return [source]
-    if not source.exists():
-        raise UserError(f"no such file or folder: {source}; check the path")
-    files = sorted(path for path in source.rglob(pattern)
-                   if kind_of(path) in kinds and path.is_file() and not path.name.startswith("."))
+    files = sorted(source / place / name for place, names in walk(options) for name in names
+                   if fnmatchcase(name, pattern) and kind_of(Path(name)) in kinds)
     if not files:
-        raise UserError(f"{source} holds no file that this format reads ({pattern} ending in {' '.join(kinds)})")
+        passed = [f"; {place} is passed over ({why})" for place, why in options.passed_over.items()]
+        raise UserError(f"{source} holds no file that this format reads ({pattern} ending in {' '.join(kinds)})"
+                        + "".join(passed[:1]))
     return files
 
 
@@ -59,14 +55,14 @@ def document(path: Path):
     try:
         if path.suffix.lower() not in PACKED:
             return json.loads(path.read_bytes())
-        content = b"".join(file.read(MAX_DOCUMENT + 1) for file in _streams(path))
+        content = b"".join(file.read(MAX_DOCUMENT + 1) for file in streams(path))
         if len(content) > MAX_DOCUMENT:
             raise Dropped("damaged input", f"{path.name} unpacks to more than {MAX_DOCUMENT:,} bytes; make it lines")
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise Dropped("damaged input", f"{path.name} is not valid JSON ({error}); if each line is a "
                       "record, call it .jsonl") from None
-    except _damaged() as error:
+    except damaged() as error:
         raise Dropped("damaged input", f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -100,7 +96,7 @@ def rows(path: Path) -> Iterator[Row]:
     elif kind in COLUMNS:
         records = columns(path)
     else:
-        records = _cells(path, "\t" if kind == ".tsv" else ",")
+        records = cells.cells(path, "\t" if kind == ".tsv" else ",")
     return ((f"{path.name}#{number}", record) for number, record in enumerate(records))
 
 
@@ -109,14 +105,14 @@ def _packs_list(path: Path) -> bool:
     if not path.name.lower().endswith((".json.gz", ".json.zst")):
         return False
     try:
-        return any(file.read(64).lstrip().startswith(b"[") for file in _streams(path))
-    except _damaged() as error:
+        return any(file.read(64).lstrip().startswith(b"[") for file in streams(path))
+    except damaged() as error:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
 def units_of(*kinds: str) -> Callable[..., list[Path]]:
     """A format's `units`: the input, or the files of these kinds in it."""
-    return lambda options: files_of(options.source, kinds)
+    return lambda options: files_of(options, kinds)
 
 
 def rows_of(options, unit: Path) -> Iterator[Row]:
@@ -130,67 +126,6 @@ def record_of(line: bytes):
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         return Dropped("bad record", f"not valid JSON ({error})")
-
-
-def lines(path: Path, empty: bool = False) -> Iterator[bytes]:
-    """The lines, those that hold something unless `empty`. Raises Dropped when the file is damaged, or a line is longer
-    than MAX_LINE."""
-    try:
-        for file in _streams(path):
-            while line := file.readline(MAX_LINE + 1):
-                if len(line) > MAX_LINE:
-                    raise Dropped("damaged input", f"{path.name} has a line of more than {MAX_LINE:,} bytes")
-                if empty or line.strip():
-                    yield line
-    except _damaged() as error:
-        raise Dropped("damaged input", f"{path.name}: {error}") from None
-
-
-def _streams(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file, unpacked while it is read; of an archive each member, in the order of their names."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
-            yield file
-    elif path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(archive.namelist()):
-                if not name.endswith("/"):
-                    with archive.open(name) as file:
-                        yield file
-    elif path.suffix.lower() == ".zst":
-        with open(path, "rb") as packed:
-            yield io.BufferedReader(unpacked_zstd(packed, path))
-    else:
-        with open(path, "rb") as file:
-            yield file
-
-
-def _damaged() -> tuple:
-    """What reading a damaged file raises."""
-    zstandard = sys.modules.get("zstandard")
-    return (*_DAMAGED, zstandard.ZstdError) if zstandard else _DAMAGED
-
-
-def _cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
-    """Rows below a header, as dicts. In TSV a quotation mark is a character like any other, as in Common Voice's."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    try:
-        for file in _streams(path):
-            # What is not UTF-8 stays in the text as what no encoding takes: that record is dropped, the others are not.
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            cut = iter(lambda text=text: text.readline(MAX_LINE), "")  # a file without an end of line is no bomb
-            reader = csv.DictReader(cut, delimiter=delimiter, quoting=quoting)
-            while True:
-                try:
-                    row = next(reader)
-                except StopIteration:
-                    break
-                except csv.Error as error:
-                    yield Dropped("bad record", str(error))
-                    continue
-                yield Dropped("bad record", "more cells than the header names") if None in row else row
-    except _damaged() as error:
-        raise Dropped("damaged input", f"{path.name}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ columns

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
-from onevocab.data.convert import tables
+from onevocab.data.convert import cells, tables
 from onevocab.data.convert.formats import FORMATS
 from onevocab.data.convert.options import Format, options_of
 from onevocab.data.convert.report import Report, claimed, finish
@@ -26,18 +26,20 @@ BLOCK = 50  # neighbouring records that stay together when a file is split into 
 
 
 def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | None = None,
-            samples_per_shard: int = 1000, overwrite: bool = False, progress: bool = True, **given) -> Report:
+            samples_per_shard: int = 1000, overwrite: bool = False, progress: bool = True, follow_links: bool = False,
+            **given) -> Report:
     """Converts `source`, a file or folder of the format `name`, into shards in the folder `out`.
 
     rank, world: this process does every `world`-th part, from the `rank`-th on; parts: how many each file of the input
-    is split into (default: as few as give every rank one; the result depends on it); given: the format's options.
+    is split into (default: as few as give every rank one; the result depends on it); follow_links: also out of the
+    input's and the media's folder; given: the format's options.
     Duplicates are found within a part. Returns the report of this rank, of all when it is the last. Raises UserError on
     a wrong option or path, on a folder that is not empty, and when nothing was kept.
     """
     if name not in FORMATS:
         raise UserError(f"unknown format {name!r}: choose one of {', '.join(FORMATS)}")
     chosen, out = FORMATS[name], Path(out)
-    options = options_of(name, chosen, source, given)
+    options = options_of(name, chosen, source, given, follow_links)
     here, there = options.source.resolve(), out.resolve()
     if (here.is_dir() and there.is_relative_to(here)) or here.is_relative_to(there):
         raise UserError(f"{out} lies in the input, or the input in it: choose another folder for the shards")
@@ -48,6 +50,8 @@ def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | 
     split = parts or -(-world // len(units))
     todo = [(unit, turn) for unit in units for turn in range(split)]
     report = Report(name, printable(str(source)))
+    for place, why in sorted(options.passed_over.items()) if rank == 0 else ():
+        report.add(report.dropped, place, why)
     with claimed(out, rank, world, overwrite):
         try:
             with tqdm(desc=name, unit=" samples", disable=not progress or rank != 0) as bar:
@@ -59,6 +63,7 @@ def convert(name: str, source, out, rank: int = 0, world: int = 1, parts: int | 
             return finish(report, out, rank, world) or report
         finally:
             tables.document.cache_clear()
+            cells.quoted.cache_clear()
 
 
 def _check_map(chosen: Format, options, unit: Path) -> None:

@@ -1,7 +1,8 @@
 """Shards: plain webdataset tars, read as what they are: untrusted input.
 
 A sample is the adjacent members that share a key; key and ending part at the first dot of the file's name, endings
-are lower-cased (webdataset's own rule). Only the endings in ENDINGS are ever read, nothing is unpickled, and no path
+are lower-cased (webdataset's own rule). A key that comes again later in its shard is a sample that fell apart: all
+pieces are refused. Only the endings in ENDINGS are ever read, nothing is unpickled, and no path
 of a member is ever written to. Codes shards begin with a member `__header__/tokenizers.json` that says which
 tokenizers made the codes; webdataset skips such members.
 """
@@ -14,11 +15,13 @@ import os
 import re
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,6 +36,8 @@ CODE_TYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 SPECIAL, OUTSIDE = "a link, device or other special file", "its name points outside the shard"
 DOUBLE, DAMAGED = "two members of this name", "the shard is damaged or cut short here"
+SPLIT = ("its key comes again in the shard, its members do not stand side by side: make the tar with them sorted, "
+         "`tar --sort=name`")
 
 _SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
@@ -40,7 +45,8 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 @dataclass(slots=True)
 class Sample:
-    """members: ending -> bytes; refused: ending -> why this member was not read (a link, too large, ...)."""
+    """members: ending -> bytes; refused: ending -> why this member was not read (a link, too large, ...), and under ""
+    what is wrong with the sample itself."""
 
     key: str
     members: dict[str, bytes]
@@ -49,18 +55,26 @@ class Sample:
 
 
 def list_shards(path) -> list[Path]:
-    """A shard, a folder of shards, or a glob -> sorted paths. Raises UserError when there is none."""
+    """A shard, a folder of shards, or a glob -> sorted paths; as much of a glob as exists is taken literally. Raises
+    UserError when there is none."""
     path = str(path)
     if os.path.isdir(path):
         shards = sorted(Path(path).glob("*.tar"))
     elif os.path.isfile(path):
         shards = [Path(path)]
     else:
-        shards = sorted(map(Path, glob.glob(path, recursive=True)))
+        shards = sorted(map(Path, glob.glob(_pattern(path), recursive=True)))
     shards = [shard for shard in shards if not shard.name.startswith(".")]
     if not shards:
         raise UserError(f"no shards at {path}: give a .tar file, a folder that holds some, or a glob")
     return shards
+
+
+def _pattern(path: str) -> str:
+    """A path as glob's pattern, the longest beginning that exists escaped: `run [v1]/*.tar` -> `run [[]v1]/*.tar`."""
+    folders = Path(path).parts
+    exist = next(n for n in range(len(folders), -1, -1) if os.path.lexists(os.path.join("", *folders[:n]) or "."))
+    return os.path.join(glob.escape(os.path.join("", *folders[:exist])), *folders[exist:])
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -106,7 +120,7 @@ def entries(file) -> Iterator[Entry]:
     """The members of an open plain tar that are no folders and have one of ENDINGS, or are refused.
 
     tarfile takes a cut or overwritten header for the end of the archive; so what follows the last member must be the
-    end marker, or the tar is damaged. Raises Damaged.
+    end marker and then nothing but zeros, or the tar is damaged. Raises Damaged.
     """
     total = os.fstat(file.fileno()).st_size
     try:
@@ -135,6 +149,10 @@ def entries(file) -> Iterator[Entry]:
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no end marker at byte {tar.offset:,}")
+        while piece := file.read(1 << 20):
+            if piece.strip(b"\0"):
+                raise tarfile.ReadError(f"its end marker is at byte {tar.offset:,}, but more follows, as when tars are "
+                                        "joined by `cat` instead of `tar --concatenate`")
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError, OSError) as error:
         raise Damaged(str(error)) from None
 
@@ -155,53 +173,75 @@ def too_large(size: int, max_member: int) -> str:
     return f"{size:,} bytes, more than the {max_member:,} allowed"
 
 
-def _members(path: Path, max_member: int) -> Iterator[tuple[str, bytes | None, str]]:
-    """Yields (name, content or None, why it is None). Raises UserError."""
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """The open shard. Raises UserError, also where it turns out to be damaged."""
     try:
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     with file:
         try:
-            for name, offset, size, refused in entries(file):
-                refused = refused or (too_large(size, max_member) if size > max_member else "")
-                content = None
-                if not refused:
-                    file.seek(offset)
-                    content = file.read(size)
-                yield name, content, refused
+            yield file
         except (Damaged, OSError) as error:
             raise UserError(f"{path} is damaged or cut short ({error}); fetch or make this shard again") from None
 
 
+def _read(file, entry: Entry, max_member: int) -> tuple[bytes | None, str]:
+    """A member's content or None, and why it is None."""
+    refused = entry.refused or (too_large(entry.size, max_member) if entry.size > max_member else "")
+    if refused:
+        return None, refused
+    file.seek(entry.offset)
+    return file.read(entry.size), ""
+
+
+def split_keys(keys: list[str]) -> set[str]:
+    """Of the keys of groups of adjacent members those that come more than once: pieces of samples that fell apart."""
+    return {key for key, count in Counter(keys).items() if count > 1}
+
+
 def read_shard(path, tokenizers_hash: str | None = None, max_member: int = MAX_MEMBER) -> Iterator[Sample]:
-    """Streams a shard's samples in order.
+    """A shard's samples in order, after one look at all its headers; one sample is in memory at a time.
 
     tokenizers_hash: when given, codes made by other tokenizers are refused. Members with other endings than ENDINGS
-    are left out; links, devices, members over `max_member` bytes, names that point outside and second members of one
-    name are listed in `Sample.refused`. Raises UserError, naming the shard, when it is missing, damaged, cut short,
-    or made by other tokenizers.
+    are left out; links, devices, members over `max_member` bytes, names that point outside, second members of one
+    name, and every piece of a sample whose key comes again later are listed in `Sample.refused`. Raises UserError,
+    naming the shard, when it is missing, damaged, cut short, or made by other tokenizers.
     """
-    path, sample = Path(path), None
-    for name, content, reason in _members(path, max_member):
-        if name == HEADER:
-            check_header(path, parse_header(path, content), tokenizers_hash)
-        split = None if is_meta(name) else split_name(name)
-        if split is None:
-            continue
-        key, ending = split
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            sample = Sample(key, {}, str(path))
-        if ending in sample.members or ending in sample.refused:
-            sample.refused[ending] = DOUBLE
-        elif content is None:
-            sample.refused[ending] = reason
-        else:
-            sample.members[ending] = content
-    if sample is not None:
-        yield sample
+    path = Path(path)
+    with _reading(path) as file:
+        groups: list[tuple[str, list[tuple[str, Entry]]]] = []  # (key, [(ending, member)])
+        headers, damage = [], None
+        try:
+            for entry in entries(file):
+                if entry.name == HEADER:
+                    headers.append(entry)
+                split = None if is_meta(entry.name) else split_name(entry.name)
+                if split is None:
+                    continue
+                if not groups or split[0] != groups[-1][0]:
+                    groups.append((split[0], []))
+                groups[-1][1].append((split[1], entry))
+        except (Damaged, OSError) as error:
+            damage = error
+        for entry in headers:
+            check_header(path, parse_header(path, _read(file, entry, max_member)[0]), tokenizers_hash)
+        split_up = split_keys([key for key, _ in groups])
+        for key, members in groups[:-1] if damage else groups:  # nobody knows whether the last sample is complete
+            sample = Sample(key, {}, str(path), {"": SPLIT} if key in split_up else {})
+            for ending, entry in members:
+                if ending in sample.members or ending in sample.refused:
+                    sample.refused[ending] = DOUBLE
+                    continue
+                content, reason = _read(file, entry, max_member)
+                if content is None:
+                    sample.refused[ending] = reason
+                else:
+                    sample.members[ending] = content
+            yield sample
+        if damage:
+            raise damage
 
 
 def parse_header(path, content: bytes | None) -> dict:
@@ -217,9 +257,9 @@ def parse_header(path, content: bytes | None) -> dict:
 
 def read_header(path) -> dict | None:
     """The header of a codes shard, None for a raw shard (the header is the first member, or there is none)."""
-    for name, content, _ in _members(Path(path), 1 << 20):
-        return parse_header(path, content) if name == HEADER else None
-    return None
+    with _reading(Path(path)) as file:
+        first = next(entries(file), None)
+        return parse_header(path, _read(file, first, 1 << 20)[0]) if first and first.name == HEADER else None
 
 
 def check_header(path, header: dict, tokenizers_hash: str | None) -> None:

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from stat import S_ISREG
 
@@ -32,21 +33,23 @@ from onevocab.data.shards.format import (
     MAX_MEMBER,
     OUTSIDE,
     SPECIAL,
+    SPLIT,
     Damaged,
     Sample,
     check_header,
     entries,
     is_meta,
     parse_header,
+    split_keys,
     split_name,
     too_large,
 )
 
-VERSION = 1
+VERSION = 2
 READ = 0  # status of a member that is read; of others the place in REASONS of why not
 CHANGED = ("its checksum is not the index's: it was damaged after it was written (if not, remove the shard's index and "
            "what was made from it)")
-REASONS = ("", SPECIAL, OUTSIDE, DOUBLE, DAMAGED, CHANGED)
+REASONS = ("", SPECIAL, OUTSIDE, DOUBLE, DAMAGED, CHANGED, SPLIT)
 ARRAYS = {"first": np.int64, "key_stop": np.int64, "keys": np.uint8, "offset": np.int64, "size": np.int64,
           "crc": np.uint32, "ending": np.uint32, "status": np.uint8, "header": np.int64}
 CHUNK = 4096  # samples whose places are taken out of the arrays at once
@@ -158,7 +161,7 @@ def index_path(path) -> Path:
 def _scan(path, file) -> Index:
     """Reads an open shard from its start to its end marker, or to where it is damaged. Raises UserError when the system
     fails to read it, or it changes meanwhile."""
-    keys, first, rows, header, endings, damage = [], [], [], [], {}, ""
+    keys, samples, header, endings, damage = [], [], [], {}, ""  # samples: of each its members, rows of the index
     seen: set[str] = set()
     stat = os.fstat(file.fileno())
     try:
@@ -172,29 +175,39 @@ def _scan(path, file) -> Index:
             key, ending = split
             if not keys or key != keys[-1]:
                 keys.append(key)
-                first.append(len(rows))
+                samples.append([])
                 seen = set()
             if ending in seen:
                 status = REASONS.index(DOUBLE)
             seen.add(ending)
             place = (offset, size, _crc32(file, offset, size)) if status == READ else (0, 0, 0)
-            rows.append((*place, endings.setdefault(ending, len(endings)), status))
+            samples[-1].append((*place, endings.setdefault(ending, len(endings)), status))
     except Damaged as error:
         damage = str(error)
         if keys:  # nobody knows whether the last sample is complete
-            rows.append((0, 0, 0, endings.setdefault("", len(endings)), REASONS.index(DAMAGED)))
+            samples[-1].append(_about_all(endings, DAMAGED))
     except OSError as error:
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     after = os.fstat(file.fileno())
     if (after.st_size, after.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
         raise UserError(f"{path} changed while it was indexed; wait until it is written, then try again")
+    split_up = split_keys(keys)
+    for key, members in zip(keys, samples, strict=True):
+        if key in split_up:
+            members.append(_about_all(endings, SPLIT))
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    rows = list(chain.from_iterable(samples))
     offset, size, crc, ending, status = zip(*rows, strict=True) if rows else [()] * 5
-    values = {"first": [*first, len(rows)], "key_stop": np.cumsum([0, *map(len, encoded)]), "offset": offset,
-              "size": size, "crc": crc, "ending": ending, "status": status, "header": header}
+    values = {"first": np.cumsum([0, *map(len, samples)]), "key_stop": np.cumsum([0, *map(len, encoded)]),
+              "offset": offset, "size": size, "crc": crc, "ending": ending, "status": status, "header": header}
     arrays = {name: np.array(value, ARRAYS[name]) for name, value in values.items()}
     return Index(**arrays, keys=np.frombuffer(b"".join(encoded), np.uint8), endings=list(endings), damage=damage,
                  shard=(stat.st_size, stat.st_mtime_ns))
+
+
+def _about_all(endings: dict[str, int], reason: str) -> tuple:
+    """The row that says what is wrong with a sample itself, as a member without an ending that is not read."""
+    return 0, 0, 0, endings.setdefault("", len(endings)), REASONS.index(reason)
 
 
 def _open(path):

@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 from onevocab.common.errors import UserError
@@ -82,10 +83,25 @@ class ShardCache:
     asked for in the last `keep_seconds` stays, even above the limit: somebody may be about to open it. One that is
     open may go; its reader keeps it until it closes it. What a URL holds is taken not to change; a local compressed
     shard may.
+
+    folder: by default the one that the environment variable names, else `onevocab/shards` in the user's cache, which
+    is looked up when there is something to copy.
     """
 
-    def __init__(self, folder, max_bytes: int = 100 << 30, keep_seconds: float = 60.0):
-        self.folder, self.max_bytes, self.keep_seconds = Path(folder), max_bytes, keep_seconds
+    def __init__(self, folder=None, max_bytes: int = 100 << 30, keep_seconds: float = 60.0):
+        self.max_bytes, self.keep_seconds = max_bytes, keep_seconds
+        if folder is not None:
+            self.folder = Path(folder)
+
+    @cached_property
+    def folder(self) -> Path:
+        if chosen := os.environ.get(VARIABLE):
+            return Path(chosen)
+        try:
+            return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onevocab" / "shards"
+        except RuntimeError:  # no HOME, and no entry in the list of users
+            raise UserError(f"compressed and remote shards are copied to a folder first, and this user has no home for "
+                            f"one: name a folder by {VARIABLE}") from None
 
     def open(self, source, **options) -> IndexedShard:
         """A shard of any kind, ready to be read; `Sample.shard` says where it came from. options: IndexedShard's."""
@@ -173,16 +189,10 @@ class ShardCache:
                     total -= size
 
 
-def default_cache() -> ShardCache:
-    """The folder that the environment variable names, else `onevocab/shards` in the user's cache."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onevocab" / "shards"
-    return ShardCache(os.environ.get(VARIABLE) or usual)
-
-
 def read_source(source) -> Iterator[Sample]:
     """The samples of a raw shard of any kind; of a damaged one those before the damage. Raises UserError when it cannot
     be read."""
-    yield from read_indexed(default_cache().fetch(source), verify=True, salvage=True, name=shown(source))
+    yield from read_indexed(ShardCache().fetch(source), verify=True, salvage=True, name=shown(source))
 
 
 def local_name(source) -> str:

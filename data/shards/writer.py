@@ -25,7 +25,7 @@ class ShardFile:
     """
 
     def __init__(self, path, header: dict | None = None):
-        self.path, self.samples, self._before = Path(path), 0, None
+        self.path, self.samples, self._keys = Path(path), 0, set()
         self._aside = self.path.with_name(f".{self.path.name}.part")
         with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,8 @@ class ShardFile:
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Adds a sample. Raises ValueError on a key or an ending that would not be read back."""
-        if split_name(key + ".x") != (key, "x") or is_meta(key) or unsafe_name(key) or key == self._before:
-            raise ValueError(f"bad or repeated sample key {key!r}: no dots in its last part, not the one before")
+        if split_name(key + ".x") != (key, "x") or is_meta(key) or unsafe_name(key) or key in self._keys:
+            raise ValueError(f"bad or repeated sample key {key!r}: no dots in its last part, and each one once")
         for ending in members:
             known = ending == ending.lower() and ending.rpartition(".")[2] in ENDINGS
             if not known or "/" in ending or ending.startswith("_"):
@@ -58,7 +58,7 @@ class ShardFile:
                 raise ValueError(f"sample {key[:100]}...: a name of more than {MAX_NAME:,} characters")
         with self._writing():
             self._tar.write({"__key__": key, **members})
-        self._before = key
+        self._keys.add(key)
         self.samples += 1
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import locked
 from onevocab.data.shards import remote
 from onevocab.data.shards.index import IndexedShard, index_path
-from onevocab.data.shards.remote import ShardCache, list_sources, shown
+from onevocab.data.shards.remote import VARIABLE, ShardCache, list_sources, read_source, shown
 from onevocab.data.shards.writer import ShardFile
 
 
@@ -182,3 +182,28 @@ def test_sources(shard):
     (shard.parent / "a.tgz").write_bytes(b"")
     with pytest.raises(UserError, match="holds a more than once"):
         list_sources(shard.parent)
+
+
+@pytest.mark.parametrize("name", ["run [v1]", "what?", "all*", "a[b"])
+def test_folders_whose_names_look_like_patterns(tmp_path, name):
+    for folder in (name, "run v", "whatX", "allX"):  # which the names would match
+        (tmp_path / folder).mkdir()
+        write_tar(tmp_path / folder / "a[1].tar", [])
+    shards = [str(tmp_path / name / "a[1].tar")]
+    assert list_sources(tmp_path / name / "*.tar") == list_sources(tmp_path / name) == list_sources(shards[0]) == shards
+    assert list_sources(tmp_path / name / ".." / "[r]un v" / "a*.tar") == [
+        str(tmp_path / name / ".." / "run v" / "a[1].tar")]
+    assert len(list_sources(tmp_path / "*" / "a[[]1].tar")) == 4
+
+
+def test_a_user_without_a_home(shard, tmp_path, monkeypatch):
+    """In a container, say. Only what is copied needs a folder."""
+    for variable in ("HOME", "XDG_CACHE_HOME", VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    assert plain(read_source(shard)) == list(raw_samples(6))
+    with pytest.raises(UserError, match=f"no home.* by {VARIABLE}$"):
+        list(read_source(tmp_path / "b.tar.gz"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    assert plain(read_source(tmp_path / "b.tar.gz")) == list(raw_samples(6))

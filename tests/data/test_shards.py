@@ -158,12 +158,16 @@ def test_documents_of_every_layout():
     assert codes_document(sample({"json": as_json({"content": content}), **members})) == Document(
         (Segment("image", codes), Segment("text", "hi"), Segment("audio", sound)))
     messages = [say("system", text("s")), say("user", *content[:2]), {"role": "assistant", "content": "yes"}]
-    assert codes_document(sample({"json": as_json({"messages": messages}), **members})) == conversation(
+    one = {"0.image.npy": members["0.image.npy"]}
+    assert codes_document(sample({"json": as_json({"messages": messages}), **one})) == conversation(
         [("system", [("text", "s")]), ("user", [("image", codes), ("text", "hi")]), ("assistant", [("text", "yes")])])
     assert codes_document(sample({"image.npy": members["0.image.npy"], "txt": b"hi\n", "json": b"{}"})) == Document(
         (Segment("image", codes), Segment("text", "hi")))
     assert codes_document(sample({"wav": b"RIFF", "txt": b"hi"}), lambda modality, file: sound) == Document(
         (Segment("audio", sound), Segment("text", "hi")))
+    # A file's name with more dots, metadata beside it.
+    assert codes_document(sample({"input.image.npy": members["0.image.npy"], "output.txt": b"hi", "x.json": b"{}",
+                                  "clip.npy": b""})) == Document((Segment("image", codes), Segment("text", "hi")))
 
 
 @pytest.mark.parametrize("members, reason", [
@@ -184,6 +188,11 @@ def test_documents_of_every_layout():
     ({"json": as_json({"messages": [{"role": "root", "content": []}]})}, "role"),
     ({"json": as_json({"messages": [{"role": "user", "content": None}]})}, "not a list"),
     ({"json": as_json({"content": [image("0.image.npy")]}), "0.image.npy": b"PK"}, "not a .npy"),
+    ({"json": as_json({"content": [text("a")]}), "0.png": b""}, "does not use member 0.png"),
+    ({"json": as_json({"content": [text("a")]}), "txt": b"b"}, "does not use member txt"),
+    ({"1.png": b"", "2.png": b""}, "members 1.png and 2.png of one key"),
+    ({"05.png": b"", "05.txt": b"a", "06.txt": b"b"}, "texts 05.txt and 06.txt of one key"),
+    ({"05.png": b"", "05.json": as_json({"content": [image("05.png")]})}, "05.json holds content"),
 ])
 def test_bad_samples_say_why(members, reason):
     with pytest.raises(BadSample, match=reason) as caught:

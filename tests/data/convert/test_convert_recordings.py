@@ -92,7 +92,7 @@ def test_videos(tmp_path, monkeypatch):
         | {"a.srt": cue.encode("cp1252"), "b.srt": cue, "c.srt": cue})
     report, samples = converted("captions", tmp_path / "in", tmp_path / "out")
     assert [turns[0][1][2] for turns in samples] == ["a", "b"] and report.dropped == {"unknown ending": 1}
-    assert report.left_out == {"unreadable subtitles": 1} and report.first["unknown ending"] == ["c.srt: c.srt"]
+    assert report.left_out == {"unreadable subtitles": 1} and report.first["unknown ending"] == ["c.srt"]
     assert [options for _, options in seen] == [{"max_frames": 8, "subtitles": False}, {"max_frames": 8}]
     put(tmp_path / "in", {"v.json": [llava(None, "<image>\nWhy?", "So.") | {"video": "b.mp4"}]})
     report, samples = converted("llava", tmp_path / "in" / "v.json", tmp_path / "v")
