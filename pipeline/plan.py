@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel
 
 from onevocab.common.checkpoint_files import list_steps
-from onevocab.common.errors import invalid
 from onevocab.data.loader import Batch, PackedLoader
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.run import placed
+from onevocab.pipeline.settings import overrides, validated
 from onevocab.pipeline.sources import open_source
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
@@ -20,13 +20,15 @@ from onevocab.training.loop import NextTokenLoss
 from onevocab.training.plan import PlanConfig, probe, si, stage_lines
 
 
+class _Supposed(BaseModel):
+    plan: PlanConfig = PlanConfig()
+
+
 def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
-    """What `--plan` prints. Nothing is written, and no weights are made. Raises UserError on another `--plan...`."""
-    pairs = [word.removeprefix("--plan").removeprefix(".").partition("=") for word in words if word != "--plan"]
-    try:
-        supposed = PlanConfig.model_validate({key: value for key, _, value in pairs})
-    except ValidationError as error:
-        raise invalid(error, "--plan") from None
+    """What `--plan` prints. Nothing is written, and no weights are made. words: `--plan`, `--plan.key=value`. Raises
+    UserError on a wrong one."""
+    said = overrides(_Supposed, [word for word in words if word != "--plan"])
+    supposed = validated(_Supposed, {}, "--plan", said).plan
     folder = Path(config.folder)
     if (folder / "tokenizers" / "vocabulary.json").is_file():
         vocabulary, origin = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"
@@ -60,7 +62,8 @@ def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
     run = Path(config.folder)
     sources = [source.model_copy(update={"path": placed(run, source.path)}) for source in stage.sources]
     loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.rows, seed=config.seed,
-                          cache_folder=run / "token_cache", workers=config.data.workers)
+                          cache_folder=run / "token_cache", workers=config.data.workers,
+                          max_bad_fraction=config.data.max_bad_fraction)
     shown = loader.per_source()
     tokens = stage.steps * stage.rows.global_batch_size * stage.rows.seq_len
     epochs = tokens / sum(held * times for _, _, held, times in shown)
