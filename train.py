@@ -9,6 +9,7 @@ import sys
 from onevocab.common.errors import UserError, cli
 from onevocab.pipeline.config import read_config
 from onevocab.pipeline.manual import manual
+from onevocab.pipeline.next_steps import next_steps
 from onevocab.pipeline.plan import plan_lines
 from onevocab.pipeline.run import Run
 from onevocab.training import distributed
@@ -36,8 +37,7 @@ def main() -> None:
         run = Run(config)
         run.train()
         if run.main:
-            print(f"done: {run.folder}. Try: python sample.py {run.folder} --chat; "
-                  f"evaluate: python -m onevocab.evaluation {run.folder}")
+            print("\n".join(next_steps(config, [*run.kept, *run.trained])))
     except Stopped as stopped:
         if run.main:
             print(stopped, file=sys.stderr)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from onevocab.common.checkpoint_files import list_steps
 from onevocab.data.loader import Batch, PackedLoader
 from onevocab.model.decoder import Decoder
+from onevocab.pipeline.checks import check_lengths
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.run import placed
 from onevocab.pipeline.settings import overrides, validated
@@ -29,6 +30,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
     UserError on a wrong one."""
     said = overrides(_Supposed, [word for word in words if word != "--plan"])
     supposed = validated(_Supposed, {}, "--plan", said).plan
+    check_lengths(config)
     folder = Path(config.folder)
     if (folder / "tokenizers" / "vocabulary.json").is_file():
         vocabulary, origin = Tokenizers.load(folder / "tokenizers").vocab, "of the trained tokenizers"

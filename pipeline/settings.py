@@ -47,7 +47,7 @@ def unknown(model, key: str, flag: str = "") -> str:
     here = [path for path in keys if path.rpartition(".")[0] == section]
     near = get_close_matches(last, [path.rpartition(".")[2] for path in here], 1)
     meant = ([path for path in here if near and path.rpartition(".")[2] == near[0]]
-             or [path for path in keys if path.rpartition(".")[2] == last] or get_close_matches(key, keys, 1))
+             or [path for path in keys if path.rpartition(".")[2] == last] or get_close_matches(key, keys, 1, 0.8))
     if meant:
         return f"unknown key; did you mean {' or '.join(flag + path for path in meant[:4])}?"
     return f"unknown key; there are {', '.join(here or [path for path in keys if '.' not in path])}"
