@@ -28,6 +28,7 @@ from onevocab.model.weights import load_into, load_weights
 from onevocab.pipeline.checks import check_folder, check_settings, check_sources
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.inputs import FILES, changes, inspect_shards, known_files, media_of
+from onevocab.pipeline.size import check_disk
 from onevocab.pipeline.sources import open_source
 from onevocab.pipeline.tokenizer_samples import media_files, texts
 from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
@@ -129,7 +130,7 @@ class Run:
         if not demo_first:
             self._take_in()
         records = distributed.all_or_raise(self._check)
-        self.on_main(lambda: check_folder(self.folder, [stage.name for stage in self.stages]))
+        self.on_main(self._check_room)
         with ExitStack() as held:
             self.on_main(lambda: held.enter_context(run_lock(self.folder)))
             self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
@@ -144,6 +145,10 @@ class Run:
             self.on_main(lambda: write_json(self.folder / "shards" / FILES, self.files))
             for stage in self.stages[1:]:
                 self._run(stage, records)
+
+    def _check_room(self) -> None:
+        check_folder(self.folder, [stage.name for stage in self.stages])
+        check_disk(self.config)
 
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""

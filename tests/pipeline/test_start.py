@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from onevocab.pipeline.inputs import inspect_shards
 from onevocab.pipeline.next_steps import next_steps
 from onevocab.pipeline.plan import plan_lines
 from onevocab.pipeline.run import Run
+from onevocab.pipeline.size import check_disk
 
 SMALL = "steps = 2\nbatch_size = 4\nwidth = 8\nfine_width = 8\nquantizer = { codebook_size = 16, dim = 4 }\n"
 MEDIA = {"text": lambda i: (text(TEXTS[i % 5]), {}), "image": lambda i: (image(), {"0.png": png(i)}),
@@ -109,6 +111,26 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     checks.check_folder(tmp_path / "run", ["pretrain"])
     with pytest.raises(UserError, match="cannot write into .*instruct: No space left"):
         checks.check_folder(tmp_path / "run", ["pretrain", "instruct"])
+
+
+def test_a_disk_without_room_for_the_checkpoints(tmp_path):
+    config, asked = config_of(tmp_path, "--pretrain.save_every=1", "--pretrain.steps=100"), []
+
+    def free(room: int):
+        return lambda path: asked.append(path) or room
+
+    planned = plan_lines(config, ["--plan", "--plan.flops=1e12"])
+    one = float(re.search(r"disk +([\d.]+) KiB a checkpoint", "\n".join(planned))[1]) * 1024
+    check_disk(config, free(round(4.1 * one)))  # three of pretrain, one of instruct
+    with pytest.raises(UserError, match="need .* more, .* left; free some space"):
+        check_disk(config, free(round(3.9 * one)))
+    assert asked[0] == tmp_path, "the folder that the run's will be in"
+    (tmp_path / "run" / "pretrain" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "instruct").mkdir()
+    (tmp_path / "run" / "instruct" / "done.json").touch()
+    check_disk(config, free(round(2.1 * one)))
+    with pytest.raises(UserError):
+        check_disk(config, free(round(1.9 * one)))
 
 
 def test_shards_and_sources_that_are_not_there(tmp_path):
