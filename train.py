@@ -8,6 +8,8 @@ import sys
 
 from onevocab.common.errors import UserError, cli
 from onevocab.pipeline.config import read_config
+from onevocab.pipeline.manual import manual
+from onevocab.pipeline.next_steps import next_steps
 from onevocab.pipeline.plan import plan_lines
 from onevocab.pipeline.run import Run
 from onevocab.training import distributed
@@ -16,11 +18,18 @@ from onevocab.training.faults import Stopped
 
 @cli
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0].startswith("-"):
+    path, *words = sys.argv[1:] or [""]
+    if path in ("-h", "--help"):
+        print(f"{__doc__}\n`train.py CONFIG --help` lists all settings.")
+        return
+    if not path or path.startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")
-    asked = [word for word in arguments[1:] if word.startswith("--plan")]
-    config = read_config(arguments[0], [word for word in arguments[1:] if word not in asked])
+    help = [word for word in words if word in ("-h", "--help")]
+    asked = [word for word in words if word == "--plan" or word.startswith("--plan.")]
+    config = read_config(path, [word for word in words if word not in (*asked, *help)])
+    if help:
+        print(manual(config, path))
+        return
     if asked:
         print("\n".join(plan_lines(config, asked)))
         return
@@ -28,8 +37,7 @@ def main() -> None:
         run = Run(config)
         run.train()
         if run.main:
-            print(f"done: {run.folder}. Try: python sample.py {run.folder} --chat; "
-                  f"evaluate: python -m onevocab.evaluation {run.folder}")
+            print("\n".join(next_steps(config, [*run.kept, *run.trained])))
     except Stopped as stopped:
         if run.main:
             print(stopped, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import re
 import sys
 
 
@@ -12,8 +13,18 @@ class UserError(Exception):
 def invalid(error, where) -> UserError:
     """pydantic's ValidationError as one line that names the first wrong key."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    return UserError(f"{where}: {key}: {'unknown key' if first['type'] == 'extra_forbidden' else first['msg']}")
+    return UserError(f"{where}: {'.'.join(str(part) for part in first['loc'])}: {wrong(first)}")
+
+
+def wrong(entry) -> str:
+    """One of the errors that pydantic lists, in words: what is allowed and what was found."""
+    if entry["type"] in ("extra_forbidden", "missing"):
+        return "unknown key" if entry["type"] == "extra_forbidden" else "this key is missing"
+    said, found = entry["msg"].removeprefix("Value error, "), entry["input"]
+    if not re.match(r"\w+ should ", said):
+        return said
+    said = re.sub(r"^\w+ should", "must", said).partition(", unable to parse")[0]
+    return said + (f"; found {found!r}"[:100] if isinstance(found, str | int | float | bool) else "")
 
 
 def cli(main):

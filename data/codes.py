@@ -8,6 +8,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from onevocab.common.errors import UserError
-from onevocab.common.files import sha256_file
+from onevocab.common.files import read_json, sha256_file, write_json
 from onevocab.common.processes import run_processes
 from onevocab.data.documents import (
     UNDECODABLE,
@@ -48,27 +50,42 @@ class TokenizeStats:
     media: int = 0
 
 
+def codes_names(shards: list[str]) -> list[str]:
+    """What the shards of codes are called: as the raw shards are; those of one name with as many of their folders
+    before it as tell them apart: cc3m/00000.tar and sbu/00000.tar are cc3m-00000.tar and sbu-00000.tar. Raises
+    UserError when a shard is there twice."""
+    places = [shown(shard if is_remote(shard) else os.path.abspath(shard)).split("/")[:-1] for shard in shards]
+    names, depth = [local_name(shard) for shard in shards], 0
+    while double := {name for name, times in Counter(names).items() if times > 1}:
+        depth += 1
+        at = [i for i, name in enumerate(names) if name in double]
+        if depth > max(len(places[i]) for i in at):
+            first = next(i for i in at if names[i] == min(double))
+            raise UserError(f"{shown(shards[first])} is there twice, or its codes would have another shard's name; "
+                            "list it once, or rename it")
+        for i in at:
+            folders = (re.sub(r"[^\w.-]+", "_", part).strip(".") for part in places[i][-depth:])
+            names[i] = "-".join([*filter(None, folders), local_name(shards[i])])
+    return names
+
+
 def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 1, batch: int = 64,
                     max_bad_fraction: float = 0.01, progress: bool = True, overwrite: bool = False) -> TokenizeStats:
-    """Writes a shard of codes of the same name for every `world`-th shard, from the `rank`-th on.
+    """Writes a shard of codes, called as `codes_names` says, for every `world`-th shard, from the `rank`-th on.
 
     shards: paths and addresses, or what `list_sources` takes; batch: media encoded at once. Bad samples are left out,
-    logged and counted. Raises UserError when more than `max_bad_fraction` are bad, when two shards have one name, when
+    logged, counted, and listed beside the codes. Raises UserError when more than `max_bad_fraction` are bad, when
     another process is writing a shard, or when `out_folder` holds codes of other tokenizers or of another shard of that
     name, unless `overwrite`.
     """
     shards = list(map(str, shards)) if isinstance(shards, list | tuple) else list_sources(shards)
-    names = sorted(map(local_name, shards))
-    double = next((a for a, b in zip(names, names[1:], strict=False) if a == b), None)
-    if double:
-        raise UserError(f"two shards are called {double}: their codes would overwrite each other; rename one")
     stats, bad = TokenizeStats(), BadSamples(max_bad_fraction)
-    cache, mine = ShardCache(), shards[rank::world]
-    sizes, done = [_size(shard) for shard in mine], 0
+    cache, mine = ShardCache(), list(zip(shards, codes_names(shards), strict=True))[rank::world]
+    sizes, done = [_size(shard) for shard, _ in mine], 0
     bar = tqdm(desc="tokenize", unit="B", unit_scale=True, total=None if None in sizes else sum(sizes),
                disable=not progress or rank != 0)
-    for shard, size in zip(mine, sizes, strict=True):
-        out = Path(out_folder) / local_name(shard)
+    for (shard, name), size in zip(mine, sizes, strict=True):
+        out = Path(out_folder) / name
         if not is_remote(shard) and out.resolve().parent == Path(shard).resolve().parent:
             raise UserError(f"{out_folder} is the folder of the raw shards: choose another for the codes")
         local = cache.fetch(shard)
@@ -77,7 +94,7 @@ def tokenize_shards(shards, out_folder, tokenizers, rank: int = 0, world: int = 
             check_header(shown(shard), made_by, tokenizers.hash)
         header = {"tokenizers": tokenizers.hash, "source": _fingerprint(local)}
         if out.exists() and _is_done(out, header, overwrite):
-            _count_known(bad, local, out)
+            _count_known(bad, shard, local, out)
             stats.skipped += 1
             done += size or 0
             bar.update(done - bar.n)
@@ -111,21 +128,37 @@ def _is_done(out: Path, header: dict, overwrite: bool) -> bool:
     return False
 
 
-def _count_known(bad: BadSamples, raw: Path, codes: Path) -> None:
+def _bad_path(codes: Path) -> Path:
+    """`x.tar` -> `.x.tar.bad`: beside a shard of codes, [key, reason] of each sample that it does without."""
+    return codes.with_name(f".{codes.name}.bad")
+
+
+def _count_known(bad: BadSamples, shard: str, raw: Path, codes: Path) -> None:
     """Counts the samples of a shard that has its codes; those that are not among them are bad."""
-    before, after = (len(build_index(shard, must_save=False).first) - 1 for shard in (raw, codes))
-    bad.known(before, before - after)
+    before, after = (len(build_index(path, must_save=False).first) - 1 for path in (raw, codes))
+    left_out = []
+    if before > after:
+        try:
+            left_out = [BadSample(str(key), shown(shard), str(reason)) for key, reason in read_json(_bad_path(codes))]
+        except (UserError, TypeError, ValueError):
+            pass
+    if len(left_out) != before - after:  # the list is gone, or another one
+        with IndexedShard(raw, salvage=True) as one, IndexedShard(codes) as two:
+            there = set(map(two.key, range(after)))
+            keys = [key for key in map(one.key, range(before)) if key not in there]
+        left_out = [BadSample(key, shown(shard), "it was left out when its codes were made") for key in keys]
+    bad.known(before, before - after, left_out)
 
 
 def check_all(shards, out_folder, max_bad_fraction: float) -> tuple[int, int] | None:
     """(samples, bad ones) of all shards together, once all are there, whoever made them; None before. Raises UserError
     when too many are bad."""
     bad, cache = BadSamples(max_bad_fraction), ShardCache()
-    for shard in shards:
-        out = Path(out_folder) / local_name(shard)
+    for shard, name in zip(shards, codes_names(shards), strict=True):
+        out = Path(out_folder) / name
         if not out.exists():
             return None
-        _count_known(bad, cache.fetch(shard), out)
+        _count_known(bad, shard, cache.fetch(shard), out)
     bad.finish()
     return bad.seen, bad.bad
 
@@ -160,6 +193,13 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
     pending: list[tuple[Sample, dict[str, bytes | None]]] = []  # with the digests of its media, None of codes
     known: dict[bytes, bytes | str] = {}  # digest of a medium -> codes: what comes again is encoded once a shard
     waiting: dict[bytes, _Medium] = {}  # by digest
+    left_out: list[list[str]] = []
+
+    def leave_out(error: BadSample) -> None:
+        left_out.append([error.key, error.reason])
+        stats.bad += 1
+        bad.add(error)
+
     with ShardFile(out, header) as writer:
         def flush():
             known.update(_encode(waiting, tokenizers))
@@ -167,9 +207,8 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
                 try:
                     writer.write(sample.key, _with_codes(sample, digests, known))
                 except (BadSample, ValueError, RecursionError) as error:
-                    bad.add(error if isinstance(error, BadSample)
-                            else BadSample(sample.key, sample.shard, str(error)))
-                    stats.bad += 1
+                    leave_out(error if isinstance(error, BadSample)
+                              else BadSample(sample.key, sample.shard, str(error)))
                 else:
                     bad.good()
                     stats.samples += 1
@@ -182,14 +221,17 @@ def _tokenize_shard(samples, out, header, tokenizers, batch, bad, stats, bar) ->
             try:
                 media = _media_of(sample, tokenizers)
             except BadSample as error:
-                bad.add(error)
-                stats.bad += 1
+                leave_out(error)
                 continue
             pending.append((sample, {ending: medium and medium.digest for ending, medium in media.items()}))
             waiting |= {medium.digest: medium for medium in media.values() if medium and medium.digest not in known}
             if len(waiting) >= batch or len(pending) >= 4096:
                 flush()
         flush()
+        if left_out:
+            write_json(_bad_path(out), left_out)
+        else:
+            _bad_path(out).unlink(missing_ok=True)
 
 
 class _Medium(NamedTuple):

@@ -45,10 +45,11 @@ class BadSamples:
     def good(self, samples: int = 1) -> None:
         self.seen += samples
 
-    def known(self, samples: int, bad: int) -> None:
-        """Samples of an earlier run, which named the bad ones."""
+    def known(self, samples: int, bad: int, named: list[BadSample]) -> None:
+        """Samples of an earlier run or of another process, which logged the bad ones; named: some of these."""
         self.seen += samples
         self.bad += bad
+        self.first += named[: self.SHOWN - len(self.first)]
 
     def add(self, bad: BadSample) -> None:
         """Raises UserError as soon as the rate cannot be met by the first thousand samples any more."""

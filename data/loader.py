@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
+from onevocab.common.paths import HomePath
 from onevocab.data.documents import BadSamples
 from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
@@ -48,7 +49,6 @@ class LoaderConfig(BaseModel):
     condition_dropout: float = Field(0.1, ge=0, le=1, description="how often the words before a medium that is made "
                                      "from them are left out, so that guidance can be used")
     text_first: float = Field(0.5, ge=0, le=1, description="share of pairs with a text that show the text first")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of bad samples above which the run stops")
     loss: LossWeights = LossWeights()
 
 
@@ -56,7 +56,7 @@ class Source(BaseModel):
     """Shards that a stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str = Field(description="shards: a file, a folder, a glob or an address (https://, s3://, ...)")
+    path: HomePath = Field(description="shards: a file, a folder, a glob or an address (https://, s3://, ...)")
     repeat: float = Field(1.0, gt=0, description="how often an epoch shows each sample (2.5: twice, and a changing "
                           "half of them once more)")
     weight: float | None = Field(None, gt=0, description="instead of repeat, this source's share of an epoch's samples")
@@ -103,12 +103,13 @@ class PackedLoader:
     encoded here (slowly). cache_folder: for encoded documents, which are then read from there (data/token_cache.py);
     without it they are encoded at every start and stay in memory; workers: processes that encode what is not kept yet
     (0 and 1: this one). Plain texts longer than a row are cut into several documents, other documents never. Raises
-    UserError when there are no usable samples, too many bad ones, codes of other tokenizers, or rows that do not divide
-    over the ranks.
+    UserError when there are no usable samples, a larger share of bad ones than `max_bad_fraction`, codes of other
+    tokenizers, or rows that do not divide over the ranks.
     """
 
     def __init__(self, sources, tokenizers: Tokenizers, config: LoaderConfig | None = None, rank: int = 0,
-                 world: int = 1, seed: int = 0, cache_folder: Path | None = None, workers: int = 1):
+                 world: int = 1, seed: int = 0, cache_folder: Path | None = None, workers: int = 1,
+                 max_bad_fraction: float = 0.01):
         self.config = config = config or LoaderConfig()
         self.rank, self.world, self.seed, self.vocab = rank, world, seed, tokenizers.vocab
         if config.global_batch_size % world:
@@ -116,7 +117,7 @@ class PackedLoader:
                             "choose a multiple")
         sources = [sources] if isinstance(sources, str | Path | Source) else list(sources)
         self.sources = [s if isinstance(s, Source) else Source(path=str(s)) for s in sources]
-        self.bad = BadSamples(config.max_bad_fraction)
+        self.bad = BadSamples(max_bad_fraction)
         shards = [list_sources(source.path) for source in self.sources]
         self._cache = TokenCache(tokenizers, cache_folder)
         self._cache.prepare(list(itertools.chain(*shards)), workers, rank)

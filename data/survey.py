@@ -4,7 +4,6 @@ Shards are a stranger's: media are decoded and encoded anew, texts are escaped, 
 the network.
 """
 
-import argparse
 import hashlib
 from array import array
 from collections import Counter, defaultdict
@@ -15,9 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError, cli
-from onevocab.common.files import write_atomic
+from onevocab.common.files import check_writable, write_atomic
 from onevocab.common.html import escape, media_element
+from onevocab.common.paths import expand_home, path_argument
 from onevocab.data.documents import BadSample, codes_document, document_of, read_media
 from onevocab.data.shards.format import Sample, check_header, npy_to_codes, read_header
 from onevocab.data.shards.index import read_indexed
@@ -272,10 +273,11 @@ def page(summary: Survey, tokenizers: Tokenizers | None = None) -> str:
 
 @cli
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onevocab.data.inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("shards", nargs="+", help="a shard, a folder of them, a glob, or an address")
-    parser.add_argument("--run", type=Path, help="run folder whose tokenizers count tokens and decode codes")
-    parser.add_argument("--out", type=Path, default=Path("inspect.html"), help="the page (default: inspect.html)")
+    parser = Parser(prog="python -m onevocab.data.inspect", description=__doc__.split("\n\n")[0])
+    parser.add_argument("shards", nargs="+", type=expand_home, help="a shard, a folder of them, a glob, or an address")
+    parser.add_argument("--run", type=path_argument, help="run folder whose tokenizers count tokens and decode codes")
+    parser.add_argument("--out", type=path_argument, default=Path("inspect.html"),
+                        help="the page (default: inspect.html)")
     parser.add_argument("--overwrite", action="store_true", help="write over an older page")
     parser.add_argument("--samples", type=int, default=2000, help="how many are read (default: 2000; 0: all)")
     parser.add_argument("--show", type=int, default=60, help="how many are shown (default: 60)")
@@ -288,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizers = Tokenizers.load(args.run / "tokenizers") if args.run else None
     if args.out.is_dir():
         raise UserError(f"{args.out} is a folder: name the page's file")
+    check_writable(args.out.parent)
     summary = survey(shards, tokenizers, args.samples, args.show)
     if not summary.counts["samples"] and summary.bad:
         raise UserError(f"nothing could be read, no page was written: {summary.bad[0]}")

@@ -4,13 +4,14 @@ Under torchrun the shards are split over the ranks; on one machine without it, o
 interruption, it goes on with the shards that are missing.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 import torch
 
+from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError, cli
+from onevocab.common.files import check_writable
+from onevocab.common.paths import expand_home, path_argument
 from onevocab.common.processes import rank_and_world
 from onevocab.data.codes import check_all, tokenize_in_processes, tokenize_shards
 from onevocab.data.shards.remote import list_sources
@@ -19,10 +20,11 @@ from onevocab.tokenizers.bundle import Tokenizers
 
 @cli
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onevocab.data.tokenize", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="run folder whose tokenizers are used")
-    parser.add_argument("shards", help="a shard, a folder of them, a glob, or an address (https://, s3://, ...)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards of codes")
+    parser = Parser(prog="python -m onevocab.data.tokenize", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=path_argument, help="run folder whose tokenizers are used")
+    parser.add_argument("shards", type=expand_home, help="a shard, a folder of them, a glob, or an address (https://, "
+                        "s3://, ...)")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the shards of codes")
     parser.add_argument("--batch", type=int, default=64, help="media encoded at once")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tokenizers run")
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine, when not under torchrun")
@@ -35,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--batch and --processes are numbers from 1 on, --max-bad-fraction one from 0 to 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; leave it out, or install a CUDA build of torch")
+    check_writable(args.out)
     shards, (rank, world) = list_sources(args.shards), rank_and_world()
     options = {"batch": args.batch, "max_bad_fraction": args.max_bad_fraction, "overwrite": args.overwrite}
     if world == 1 and args.processes > 1 and args.device == "cpu":

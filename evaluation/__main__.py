@@ -1,17 +1,19 @@
 """Scores a run and writes its report: `python -m onevocab.evaluation runs/demo`."""
 
 # Light on purpose: the speech judge's second process imports this file again.
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from onevocab.common.errors import cli, invalid
+from onevocab.common.commands import Parser
+from onevocab.common.errors import UserError, cli, invalid
+from onevocab.common.files import check_writable
+from onevocab.common.paths import path_argument
 
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
-    """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError when the run or its tasks
-    cannot be loaded.
+    """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError, before anything is asked, when
+    the run or its tasks cannot be loaded, or the report could not be written.
 
     config: EvaluateConfig, by default the run's own `[evaluate]` section; limit: at most so many items of each task.
     """
@@ -26,15 +28,16 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from onevocab.tasks import load_tasks
 
     started = time.perf_counter()
-    model = AnyToAny.load(run)
-    settings = pages.run_config(run)
+    settings, folder = pages.run_config(run), run / "report"
     if config is None:
         try:
             config = EvaluateConfig.model_validate(settings.get("evaluate", {}))
         except ValidationError as error:
             raise invalid(error, f"{run / 'config.toml'}: [evaluate]") from None
-    folder = run / "report"
-    evaluator = Evaluator(model, load_tasks(config.tasks), config, folder, limit)
+    for place in (folder, folder / "examples") if run.is_dir() else ():
+        check_writable(place)
+    tasks, model = load_tasks(config.tasks), AnyToAny.load(run)
+    evaluator = Evaluator(model, tasks, config, folder, limit)
     suite.run(evaluator, quiet)
     report = {
         "device": provenance.device(), "versions": provenance.versions(), "config": settings,
@@ -51,12 +54,12 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
 
 @cli
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onevocab.evaluation", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder, for example runs/demo")
+    parser = Parser(prog="python -m onevocab.evaluation", description=__doc__)
+    parser.add_argument("run", type=path_argument, help="a run folder, for example runs/demo")
     parser.add_argument("--limit", type=int, help="at most so many items of each task: a quick look")
     given = parser.parse_args(arguments)
     if given.limit is not None and given.limit < 1:
-        parser.error("--limit must be 1 or more")
+        raise UserError("--limit must be 1 or more")
     report = evaluate(given.run, limit=given.limit, quiet=not sys.stderr.isatty())
 
     from onevocab.evaluation.report import text_table

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from onevocab.common.paths import HomePath
+
 
 class ModelConfig(BaseModel):
     """Qwen3's dense architecture; the vocabulary's size comes from the vocabulary, not from here."""
@@ -31,7 +33,8 @@ class ModelConfig(BaseModel):
 class ModelSection(ModelConfig):
     """[model]: a shape, or `init`, which has one."""
 
-    init: str | None = Field(None, description="a Hugging Face Qwen3 folder, whose shape and weights are the start")
+    init: HomePath | None = Field(None, description="a Hugging Face Qwen3 folder, whose shape and weights are the "
+                                  "start")
 
     @property
     def shape(self) -> ModelConfig:

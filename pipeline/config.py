@@ -3,14 +3,15 @@
 import tomllib
 from typing import Literal
 
-import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from onevocab.common.errors import UserError, invalid
+from onevocab.common.errors import UserError
+from onevocab.common.paths import HomePath, expand_home
 from onevocab.data.loader import LoaderConfig, Source
 from onevocab.demo.writer import DemoConfig
 from onevocab.evaluation.config import EvaluateConfig
 from onevocab.model.config import ModelSection
+from onevocab.pipeline.settings import merge, overrides, validated
 from onevocab.pipeline.sources import open_source, take_shape
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextConfig
@@ -22,11 +23,12 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     demo: DemoConfig | None = Field(None, description="write the demo world's shards first")
-    shards: tuple[str, ...] = Field(("shards",), description="raw shards: folders, globs, files or addresses, paths "
-                                    "relative to the run's folder; tokenizers are trained on them, and they are "
-                                    "turned to codes")
+    shards: tuple[HomePath, ...] = Field(("shards",), min_length=1, description="raw shards: folders, globs, files or "
+                                         "addresses, paths relative to the run's folder; tokenizers are trained on "
+                                         "them, and they are turned to codes")
     tokenizer_samples: int = Field(12_000, ge=1, description="about how many samples with a text, or files of a "
                                    "modality, each tokenizer is trained on")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of bad samples above which a stage stops")
     workers: int = Field(2, ge=1, description="processes that turn media to codes, and that encode "
                          "documents for the token cache")
 
@@ -37,14 +39,15 @@ class PhaseConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     start: int = Field(ge=0, description="first step")
     steps: int = Field(ge=1, description="how many")
-    sources: tuple[Source, ...] = Field(description="what is read in them")
+    sources: tuple[Source, ...] = Field(min_length=1, description="what is read in them")
 
 
 class StageData(BaseModel):
     """What a language stage reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    sources: tuple[Source, ...] = Field(description="shards of codes, paths relative to the run's folder")
+    sources: tuple[Source, ...] = Field(min_length=1, description="shards of codes, paths relative to the "
+                                        "run's folder")
     loader: LoaderConfig = LoaderConfig()
     phases: tuple[PhaseConfig, ...] = Field((), description="steps that read other sources")
 
@@ -83,8 +86,8 @@ class LanguageStage(TrainConfig, StageData):
 
 class _Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-    folder: str = Field(description="where the run lives")
-    init_from: str | None = Field(None, description="a run whose tokenizers and weights this one starts from")
+    folder: HomePath = Field(min_length=1, description="where the run lives")
+    init_from: HomePath | None = Field(None, description="a run whose tokenizers and weights this one starts from")
     seed: int = Field(0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     threads: int = Field(0, ge=0, description="CPU threads a rank (0: torch's choice)")
@@ -110,21 +113,18 @@ RunConfig = create_model("RunConfig", __base__=_Run, **{
     for name, modality in MODALITIES.items()})
 
 
-def read_config(path, overrides: list[str]) -> RunConfig:
-    """TOML file and `--section.key=value` overrides. Raises UserError that names the key that is wrong."""
+def read_config(path, words: list[str]) -> RunConfig:
+    """TOML file and `--section.key=value` words. Raises UserError that names the key that is wrong."""
+    path = expand_home(str(path))
     try:
         with open(path, "rb") as file:
             data = tomllib.load(file)
-        config = RunConfig.model_validate(data)
-        # AvoidSubcommands: --data.demo.seed=1 is an option like any other although [data.demo] may be absent.
-        config = tyro.cli(RunConfig, default=config, args=overrides, prog="train.py CONFIG",
-                          config=(tyro.conf.AvoidSubcommands,))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; see configs/ for examples") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    except ValidationError as error:
-        raise invalid(error, path) from None
+    said = overrides(RunConfig, words)
+    config = validated(RunConfig, data, path, said)
     source = open_source(config.model.init, config.init_from)
-    model = take_shape(source, config.model, data.get("model", {}), overrides)
+    model = take_shape(source, config.model, merge(data, said).get("model", {}))
     return config.model_copy(update={"model": model})

@@ -1,5 +1,6 @@
 """A run: its stages in order, each in a folder of its own."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,10 @@ from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
+from onevocab.pipeline.checks import check_folder, check_settings, check_sources
 from onevocab.pipeline.config import LanguageStage, RunConfig
+from onevocab.pipeline.inputs import FILES, changes, inspect_shards, known_files, media_of
+from onevocab.pipeline.size import check_disk
 from onevocab.pipeline.sources import open_source
 from onevocab.pipeline.tokenizer_samples import media_files, texts
 from onevocab.tokenizers.bundle import Tokenizers, load_media_tokenizer, save_media_tokenizer
@@ -38,13 +42,14 @@ from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.precision import device_flops
 
-# Settings that change how fast a stage runs or what it says, not what it makes.
-INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_batch_size", "parallel",
-              "activation_checkpointing", "compile", "background_save"}
+# Settings that change how fast a stage runs, what it says or where it reads, not what it makes.
+INCIDENTAL = {"shards", "workers", "max_bad_fraction", "log_every", "save_every", "max_bad_steps", "stall_seconds",
+              "micro_batch_size", "parallel", "activation_checkpointing", "compile", "background_save"}
+DATA = "data"  # among the inputs of a stage: the raw shards
 
 
 class Stage(NamedTuple):
-    """name: also the folder's; settings and inputs (names of stages): what the result depends on."""
+    """name: also the folder's; settings and inputs (names of stages, DATA): what the result depends on."""
 
     name: str
     settings: dict
@@ -62,30 +67,58 @@ class Run:
             torch.set_num_threads(config.threads)
         self.main = distributed.is_main()
         shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
-        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
-        self.source, begun = open_source(config.model.init, config.init_from), {}
+        self.source, self._begun = open_source(config.model.init, config.init_from), {}
+        distributed.all_or_raise(lambda: check_settings(config, distributed.world(), self.source is None))
         self.kept: list[str] = []  # media whose tokenizers come from there, in the order of its vocabulary
-        made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", *config.modalities)}
+        self._made_of = {name: _settings(getattr(config, name)) | shared for name in ("text", *config.modalities)}
         if self.source is not None:
             if config.init_from and self.folder.resolve() == self.source.folder.resolve():
                 raise UserError(f"init_from is {self.folder} itself; use another --folder")
             self.kept = list(self.source.vocabulary().spans)
             identity = distributed.all_or_raise(lambda: self.source.identity() if self.main else None)
             tokenizers, weights = distributed.broadcast(identity)
-            made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
-            begun = {"init": weights}
+            self._made_of |= {name: {"init": tokenizers} for name in ("text", *self.kept)}
+            self._begun = {"init": weights}
         self.trained = [name for name in config.modalities if name not in self.kept]
+        self.files, self.changed = None, ""  # of the raw shards: see `_take_in`
+        self.stages = self._plan_stages()
+
+    def _plan_stages(self) -> list[Stage]:
+        config, made_of = self.config, self._made_of
         media = [*self.kept, *self.trained]  # the order of the vocabulary: a source's ids keep their meaning
-        self.stages = [
+        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
+        return [
             Stage("shards", _settings(config.data), (), self.write_shards),
-            Stage("text", made_of["text"], ("shards",), self.train_text),
-            *(Stage(name, made_of[name], ("shards",), partial(self.train_media, name)) for name in media),
-            Stage("codes", {}, ("shards", "text", *media), self.write_codes),
-            Stage("pretrain", _settings(config.pretrain) | language | begun, ("codes",),
+            Stage("text", made_of["text"], ("shards", DATA)[: 1 + (self.source is None)], self.train_text),
+            *(Stage(name, made_of[name], ("shards", DATA)[: 1 + (name in self.trained)],
+                    partial(self.train_media, name)) for name in media),
+            Stage("codes", {}, ("shards", DATA, "text", *media), self.write_codes),
+            Stage("pretrain", _settings(config.pretrain) | language | self._begun, ("codes",),
                   lambda: self.train_stage("pretrain", config.pretrain, None)),
             Stage("instruct", _settings(config.instruct) | language, ("codes", "pretrain"),
                   lambda: self.train_stage("instruct", config.instruct, "pretrain")),
         ]
+
+    def _take_in(self) -> None:
+        """What the raw shards are, once they are there. A modality of which they hold nothing is left out of the run.
+
+        Raises UserError when there are none, when they hold media of another modality, or when a source of a language
+        stage matches the codes of none."""
+        files = self.on_main(lambda: inspect_shards(self.raw_shards, self.folder / "shards"))
+        self.files = distributed.broadcast(files)
+        self.changed = changes(known_files(self.folder / "shards"), self.files)
+        there, known = media_of(self.files), {*self.kept, *self.config.modalities}
+        if unknown := sorted(media_of(self.files, "bare") - known):
+            shard = next(name for name, file in self.files.items() if unknown[0] in file["bare"])
+            raise UserError(f"the shards hold {MODALITIES[unknown[0]].plural} ({shard}); add a section [{unknown[0]}] "
+                            "to the configuration, or take these samples out")
+        check_sources(self.config, list(self.files))
+        for name in [name for name in self.trained if name not in there]:
+            self.trained.remove(name)
+            if self.main:
+                print(f"[{name}] is left out of this run: the shards of [data] shards hold no "
+                      f"{MODALITIES[name].plural}", file=sys.stderr)
+        self.stages = self._plan_stages()
 
     def train(self) -> None:
         """Every stage in order; finished ones are skipped, an interrupted one continues.
@@ -93,7 +126,12 @@ class Run:
         Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
         two models in one folder.
         """
+        demo_first = self.config.data.demo is not None and not distributed.broadcast(
+            (self.folder / "shards" / "done.json").exists())
+        if not demo_first:
+            self._take_in()
         records = distributed.all_or_raise(self._check)
+        self.on_main(self._check_room)
         with ExitStack() as held:
             self.on_main(lambda: held.enter_context(run_lock(self.folder)))
             self.log = MetricsLog(self.folder / "metrics.jsonl" if self.main else None, self.config.wandb,
@@ -102,14 +140,22 @@ class Run:
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
             self.on_main(lambda: write_json(self.folder / generation.FILE, self.config.evaluate.sampling))
-            for stage in self.stages:
-                folder = self.folder / stage.name
-                if not distributed.broadcast((folder / "done.json").exists()):
-                    self._run(stage, folder, records[stage.name])
+            self._run(self.stages[0], records)
+            if demo_first:
+                self._take_in()
+                records = distributed.all_or_raise(self._check)
+            self.on_main(lambda: write_json(self.folder / "shards" / FILES, self.files))
+            for stage in self.stages[1:]:
+                self._run(stage, records)
+
+    def _check_room(self) -> None:
+        check_folder(self.folder, [stage.name for stage in self.stages])
+        check_disk(self.config)
 
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""
-        records: dict[str, dict] = {}
+        digests = {name: file["digest"] for name, file in (self.files or {}).items()}
+        records: dict[str, dict] = {DATA: {"hash": hash_json(digests)}}
         for stage in self.stages:
             made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
             record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
@@ -119,15 +165,22 @@ class Run:
                 old = read_json(path)
                 if not isinstance(old, dict) or not isinstance(old.get("made_of", {}), dict):
                     raise UserError(f"{path} is damaged; remove {path.parent} to run that stage again")
-                if old.get("hash") != record["hash"]:
+                if old.get("hash") != record["hash"] and (self.files or stage is self.stages[0]):
                     change = first_difference(old.get("made_of", {}), made_of)
-                    later = ", ".join(later.name for later in self.stages[len(records) :])
-                    raise UserError(f"stage {stage.name} of {self.folder} was made with other settings ({change}); "
+                    what = f"made with other settings ({change})"
+                    if change.startswith(f"inputs.{DATA}:"):
+                        what = "made from other raw shards" + (f" ({self.changed})" if self.changed else "")
+                    later = ", ".join(later.name for later in self.stages[self.stages.index(stage) + 1 :])
+                    raise UserError(f"stage {stage.name} of {self.folder} was {what}; "
                                     f"use another --folder, or remove {path.parent}"
                                     + (f" and what follows from it ({later})" if later else ""))
         return records
 
-    def _run(self, stage: Stage, folder: Path, record: dict) -> None:
+    def _run(self, stage: Stage, records: dict[str, dict]) -> None:
+        """Unless it is done."""
+        folder, record = self.folder / stage.name, records[stage.name]
+        if distributed.broadcast((folder / "done.json").exists()):
+            return
         started = folder / "started.json"
 
         def start() -> float:
@@ -175,7 +228,7 @@ class Run:
             if self.source is not None:
                 tokenizer = self.source.text()
             else:
-                sample = texts(self.raw_shards, self.config.data.tokenizer_samples)
+                sample = texts(self.raw_shards, self.config.data.tokenizer_samples, self.config.data.max_bad_fraction)
                 tokenizer = TextTokenizer.train(sample, self.config.text)
             write_json(self.folder / "text" / "text.json", tokenizer.to_json())
 
@@ -187,15 +240,12 @@ class Run:
         if name in self.kept:
             return self.on_main(lambda: save_media_tokenizer(self.folder / name, self.source.media()[name]))
         modality, settings = MODALITIES[name], getattr(self.config, name)
-        if settings.batch_size < distributed.world():
-            raise UserError(f"{name}.batch_size = {settings.batch_size} leaves some of the {distributed.world()} ranks "
-                            f"without a part; make it larger, or train up to stage {name} on fewer ranks")
         tokenizer = modality.tokenizer(settings)
         examples = distributed.all_or_raise(lambda: tokenizer.training_set(
             media_files(self.raw_shards, self.config.data.tokenizer_samples, name)))
         if not len(examples):
-            raise UserError(f"[{name}]: no readable {modality.plural} in the shards of [data] shards; add some, or "
-                            f"leave [{name}] out of the configuration")
+            raise UserError(f"[{name}]: none of the {modality.plural} in the shards of [data] shards can be read; mend "
+                            f"them, or take them out")
 
         def sample(generator: torch.Generator) -> torch.Tensor:
             """This rank's part of a batch that is the same for every number of ranks."""
@@ -209,7 +259,7 @@ class Run:
         """Gathers the trained tokenizers below `tokenizers/`, then turns all media to codes."""
         self.on_main(self._gather_tokenizers)
         self.on_main(lambda: tokenize_in_processes(self.raw_shards, self.folder / "codes", self.folder / "tokenizers",
-                                                   self.config.data.workers))
+                                                   self.config.data.workers, self.config.data.max_bad_fraction))
 
     def _gather_tokenizers(self) -> None:
         media = {name: load_media_tokenizer(self.folder / name, name) for name in self.kept}
@@ -244,7 +294,8 @@ class Run:
             sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "token_cache",
-                                  max(1, self.config.data.workers // distributed.world()))
+                                  max(1, self.config.data.workers // distributed.world()),
+                                  self.config.data.max_bad_fraction)
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
             return loader
@@ -269,7 +320,11 @@ class Run:
 
 def placed(folder: Path, path: str) -> str:
     """A path of the configuration, which starts from the run's folder; an address stays."""
-    return path if is_remote(path) else str(folder / path)
+    if is_remote(path):
+        return path
+    if ".." in Path(path).parts:  # the run's folder may not be there yet
+        return os.path.normpath(folder.resolve() / path)
+    return str(folder / path)
 
 
 def _settings(model: BaseModel) -> dict:

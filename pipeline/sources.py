@@ -34,15 +34,12 @@ def open_source(init: str | None, init_from: str | None):
     return None if init_from is None else OldRun(init_from)
 
 
-def take_shape(source, model: ModelSection, written: dict, overrides: list[str]) -> ModelSection:
+def take_shape(source, model: ModelSection, written: dict) -> ModelSection:
     """[model] with the shape of the source. Raises UserError where a key that is `written` in the file, or given on the
-    command line (`--model.dim=96`), says something else."""
+    command line, says something else."""
     if source is None:
         return model
-    words = [word.partition("=")[0].removeprefix("--model.").replace("-", "_") for word in overrides
-             if word.startswith("--model.")]
-    given = {*written, *(word.removeprefix("no_") for word in words)} - {"init"}
-    shape = agreed(source.config, {key: getattr(model, key) for key in sorted(given)}, source.folder)
+    shape = agreed(source.config, {key: getattr(model, key) for key in sorted(set(written) - {"init"})}, source.folder)
     return ModelSection(**shape.model_dump(), init=model.init)
 
 

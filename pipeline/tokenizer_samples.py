@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from onevocab.data.documents import BadSample, document_of, modality_of_ending
+from onevocab.data.documents import BadSample, BadSamples, document_of, modality_of_ending
 from onevocab.data.shards.format import Sample
 from onevocab.data.shards.remote import read_source
 
@@ -16,13 +16,17 @@ def _samples(shards: list[str], limit: int) -> Iterator[Sample]:
             yield sample
 
 
-def texts(shards: list[str], limit: int) -> Iterator[str]:
-    """All texts of about `limit` samples."""
+def texts(shards: list[str], limit: int, max_bad_fraction: float) -> Iterator[str]:
+    """All texts of about `limit` samples. Raises UserError when more than `max_bad_fraction` of them are bad."""
+    bad = BadSamples(max_bad_fraction)
     for sample in _samples(shards, limit):
         try:
             yield from (part.content for part in document_of(sample).segments if part.modality == "text")
-        except BadSample:
-            continue  # counted and named when the shard is turned to codes
+        except BadSample as error:
+            bad.add(error)
+        else:
+            bad.good()
+    bad.finish()
 
 
 def media_files(shards: list[str], limit: int, modality: str) -> Iterator[bytes]:

@@ -4,23 +4,22 @@ Under torchrun each rank converts its own parts of the input. Prints what was ke
 `report.json` beside the shards. `... FORMAT --help` lists a format's options.
 """
 
-import argparse
-from pathlib import Path
-
+from onevocab.common.commands import Parser
 from onevocab.common.errors import cli
+from onevocab.common.paths import path_argument
 from onevocab.common.processes import rank_and_world
 from onevocab.data.convert.formats import FORMATS
 from onevocab.data.convert.options import positive
 from onevocab.data.convert.writing import convert
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m onevocab.data.convert", description=__doc__.split("\n\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="python -m onevocab.data.convert", description=__doc__.split("\n\n")[0])
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
     for name, chosen in FORMATS.items():
         one = formats.add_parser(name, help=chosen.help, description=chosen.help)
-        one.add_argument("input", type=Path, help="the published file, or a folder of such files")
-        one.add_argument("--out", type=Path, required=True, help="folder for the shards")
+        one.add_argument("input", type=path_argument, help="the published file, or a folder of such files")
+        one.add_argument("--out", type=path_argument, required=True, help="folder for the shards")
         one.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in that folder")
         one.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
         one.add_argument("--parts", type=positive, metavar="N",

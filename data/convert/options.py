@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from onevocab.common.errors import UserError
+from onevocab.common.paths import path_argument
 from onevocab.data.convert.media import MediaFolder
 from onevocab.data.convert.samples import Converted, Dropped, Row
 
@@ -43,7 +44,7 @@ class Option:
 
 
 # What several formats take; what one alone takes stands in its file.
-MEDIA = Option("media", "folder that the records' paths start from (default: the input's folder)", Path)
+MEDIA = Option("media", "folder that the records' paths start from (default: the input's folder)", path_argument)
 CAPTIONS = Option("captions", "at most N captions of one file (default: all)", positive, metavar="N")
 TURNS = Option("turns", "questions in one conversation (default: 6)", positive, 6, "N")
 FRAMES = Option("frames", "at most N frames of one video (default: 8)", positive, 8, "N")

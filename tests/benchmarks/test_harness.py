@@ -64,7 +64,7 @@ def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
                          and "editable" not in repr(f).lower()]
         sys.path = [entry for entry in sys.path if "__editable__" not in entry]
         sys.path_importer_cache.clear()
-        for name in ("pydantic", "matplotlib", "tyro", "transformers"):
+        for name in ("pydantic", "matplotlib", "transformers"):
             sys.modules[name] = None
         sys.argv = ["gpu", "--device", "cpu", "--tiny", "--out", {str(tmp_path)!r}]
         runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)

@@ -107,11 +107,11 @@ def test_damage_that_is_mended_is_forgotten(tmp_path, tokenizers):
     path = tmp_path / "raw" / "a.tar"
     good = path.read_bytes()
     path.write_bytes(good.replace(b"word 1", b"wort 1"))
-    config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
-    assert PackedLoader(path, tokenizers, config, cache_folder=tmp_path / "kept").bad.bad == 1
+    kept = {"cache_folder": tmp_path / "kept", "max_bad_fraction": 0.5}
+    assert PackedLoader(path, tokenizers, CONFIG, **kept).bad.bad == 1
     assert not list((tmp_path / "kept").glob("*.safetensors"))
     path.write_bytes(good)
-    assert PackedLoader(path, tokenizers, config, cache_folder=tmp_path / "kept").bad.bad == 0
+    assert PackedLoader(path, tokenizers, CONFIG, **kept).bad.bad == 0
 
 
 def test_messages_stay_short_and_processes_end(tmp_path, tokenizers):

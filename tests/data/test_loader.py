@@ -217,7 +217,7 @@ def test_bad_samples_leave_their_position_empty(tmp_path, tokenizers):
     write_codes(tmp_path, tokenizers, samples)
     with pytest.raises(UserError, match="3 of 20 samples are bad"):
         PackedLoader(tmp_path, tokenizers, CONFIG)
-    loader = PackedLoader(tmp_path, tokenizers, CONFIG.model_copy(update={"max_bad_fraction": 0.2}))
+    loader = PackedLoader(tmp_path, tokenizers, CONFIG, max_bad_fraction=0.2)
     assert loader.summary()["bad"] == 3 and loader.too_long == 1 and loader.epoch_length == 20
     shown = {entry[0] for w in range(loader.windows) for row in loader.rows(0, w) for entry in row}
     assert shown == set(range(20)) - {3, 7, 11, 12}

@@ -19,7 +19,7 @@ from samples import as_json, audio, flac, image, png, text, write_tar
 
 from onevocab.common.errors import UserError
 from onevocab.data import tokenize
-from onevocab.data.codes import check_all, tokenize_in_processes, tokenize_shards
+from onevocab.data.codes import check_all, codes_names, tokenize_in_processes, tokenize_shards
 from onevocab.data.documents import BadSample
 from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import list_shards, read_shard
@@ -192,9 +192,9 @@ def test_too_many_bad_samples_stay_too_many(tmp_path, tokenizers):
     bad_texts(tmp_path / "raw", 3)
     shards = list_shards(tmp_path / "raw")
     for _ in range(2):
-        with pytest.raises(UserError, match="3 of 20 samples are bad"):
+        with pytest.raises(UserError, match=r"3 of 20 samples are bad.*0\.tar: sample 0: its json is not valid"):
             tokenize_shards(shards, tmp_path / "a", tokenizers, progress=False)
-    with pytest.raises(UserError, match="3 of 20 samples are bad"):
+    with pytest.raises(UserError, match=r"3 of 20 samples are bad.*0\.tar: sample 2: its json is not valid"):
         tokenize_in_processes(shards, tmp_path / "b", tmp_path / "tokenizers", 2, progress=False)
     tokenize_shards(shards, tmp_path / "c", tokenizers, 0, 2, progress=False)
     assert check_all(shards, tmp_path / "c", 0.01) is None  # the other rank has not ended
@@ -202,6 +202,35 @@ def test_too_many_bad_samples_stay_too_many(tmp_path, tokenizers):
     with pytest.raises(UserError, match="3 of 20"):
         check_all(shards, tmp_path / "c", 0.01)
     assert check_all(shards, tmp_path / "c", 0.2) == (20, 3)
+    (tmp_path / "c" / ".0.tar.bad").unlink()  # codes of an older version, or copied without it
+    with pytest.raises(UserError, match=r"0\.tar: sample 0: it was left out when its codes were made; "):
+        check_all(shards, tmp_path / "c", 0.01)
+
+
+def test_codes_made_with_a_larger_limit_are_taken_where_that_is_allowed(tmp_path, tokenizers):
+    bad_texts(tmp_path / "raw", 3)
+    shards = list_shards(tmp_path / "raw")
+    tokenize_shards(shards, tmp_path / "out", tokenizers, max_bad_fraction=0.5, progress=False)
+    with pytest.raises(UserError, match=r"3 of 20 samples.*sample 1: its json"):
+        tokenize_shards(shards, tmp_path / "out", tokenizers, progress=False)
+    assert tokenize_shards(shards, tmp_path / "out", tokenizers, max_bad_fraction=0.15, progress=False).skipped == 2
+
+
+def test_shards_of_one_name_get_codes_of_names_that_tell_them_apart(tmp_path, tokenizers):
+    folders = ["cc3m", "sbu/train", "sbu/test", "more"]
+    for number, folder in enumerate(folders):
+        with ShardFile(tmp_path / folder / ("00000.tar" if folder != "more" else "1.tar")) as shard:
+            shard.write("a", {"txt": f"word {number}".encode()})
+    shards = [str(shard) for folder in folders for shard in list_shards(tmp_path / folder)]
+    names = ["cc3m-00000.tar", "train-00000.tar", "test-00000.tar", "1.tar"]
+    assert codes_names(shards) == names
+    tokenize_shards(shards, tmp_path / "out", tokenizers, progress=False)
+    for number, name in enumerate(names):
+        assert [sample.members["txt"] for sample in read_shard(tmp_path / "out" / name)] == [f"word {number}".encode()]
+    assert codes_names(["s3://a/x/0.tar?key=1", "s3://a/y/0.tar.gz"]) == ["x-0.tar", "y-0.tar"]
+    assert codes_names(["a/b/0.tar", "c/b/0.tar"]) == ["a-b-0.tar", "c-b-0.tar"]
+    with pytest.raises(UserError, match=r"0\.tar is there twice"):
+        codes_names([str(tmp_path / "0.tar"), "1.tar", str(tmp_path / "." / "0.tar")])
 
 
 def test_damaged_codes_are_made_again_and_foreign_ones_are_refused(tmp_path, tokenizers, caplog):

@@ -51,10 +51,9 @@ def test_bad_samples_are_reported_every_time(tmp_path, tokenizers, caplog):
     samples = list(mixed_codes(8))
     samples[3] = {"json": b"{broken"}
     codes = write_codes(tmp_path / "codes", tokenizers, samples)
-    config = CONFIG.model_copy(update={"max_bad_fraction": 0.5})
     for _ in range(2):
         caplog.clear()
-        loader = PackedLoader(codes, tokenizers, config, cache_folder=tmp_path / "kept")
+        loader = PackedLoader(codes, tokenizers, CONFIG, cache_folder=tmp_path / "kept", max_bad_fraction=0.5)
         assert loader.bad.bad == 1 and loader.summary()["samples"] == 8
         assert any("bad" in record.getMessage() and "left out" in record.getMessage() for record in caplog.records)
 

@@ -1,0 +1,27 @@
+"""What can be done with a run once it is trained."""
+
+import shlex
+
+from onevocab.pipeline.config import RunConfig
+from onevocab.tasks import load_tasks
+from onevocab.tokenizers.modalities import MODALITIES
+
+
+def next_steps(config: RunConfig, media: list[str]) -> list[str]:
+    """Commands that fit a run which knows the modalities `media`, one a line."""
+    ask = f"python sample.py {shlex.quote(config.folder)}"
+    lines = [f"done: {config.folder}. Try:", f"  {ask} --chat"]
+    for name in media:
+        lines += [f'  {ask} --text "..." --want {name}',
+                  f'  {ask} --{name} FILE{MODALITIES[name].suffixes[0]} --text "..."']
+    if _can_be_asked(config, media):
+        lines.append(f"evaluate: python -m onevocab.evaluation {shlex.quote(config.folder)}")
+    return lines
+
+
+def _can_be_asked(config: RunConfig, media: list[str]) -> bool:
+    """Whether the evaluation has something to ask: the demo's own tasks are about the demo's data alone."""
+    name = config.evaluate.tasks
+    if name == type(config.evaluate).model_fields["tasks"].default and config.data.demo is None:
+        return False
+    return any(task.metrics and set(task.media) <= set(media) for task in load_tasks(name).tasks)
