@@ -11,7 +11,7 @@ from onevocab.common.errors import invalid
 from onevocab.data.loader import Batch, PackedLoader
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.config import LanguageStage, RunConfig
-from onevocab.pipeline.run import placed
+from onevocab.pipeline.run import placed_source
 from onevocab.pipeline.sources import open_source
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
@@ -58,7 +58,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
 def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
     """How often each source is shown."""
     run = Path(config.folder)
-    sources = [source.model_copy(update={"path": placed(run, source.path)}) for source in stage.sources]
+    sources = [placed_source(run, source) for source in stage.sources]
     loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.rows, seed=config.seed,
                           cache_folder=run / "token_cache", workers=config.data.workers)
     shown = loader.per_source()

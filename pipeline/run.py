@@ -18,9 +18,10 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import tokenize_in_processes
-from onevocab.data.loader import PackedLoader
+from onevocab.data.loader import PackedLoader, Source
 from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
+from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
@@ -108,6 +109,9 @@ class Run:
     def _check(self) -> dict[str, dict]:
         """Of each stage: what it is to be made of, and the hash of that."""
         records: dict[str, dict] = {}
+        for stage in (self.config.pretrain, self.config.instruct):
+            for source in (*stage.sources, *(source for phase in stage.phases for source in phase.sources)):
+                read_wordings(placed_source(self.folder, source).wordings)
         for stage in self.stages:
             made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
             record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
@@ -239,12 +243,14 @@ class Run:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
-            sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
+            sources = [placed_source(self.folder, source) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "token_cache",
-                                  max(1, self.config.data.workers // distributed.world()))
+                                  max(1, self.config.data.workers // distributed.world()), name == "instruct")
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
+                for line in loader.remarks():
+                    print(f"{name}: {line}", file=sys.stderr)
             return loader
 
         phases = [Phase(phase.start, phase.steps, read(phase.sources)) for phase in settings.phases]
@@ -268,6 +274,12 @@ class Run:
 def placed(folder: Path, path: str) -> str:
     """A path of the configuration, which starts from the run's folder; an address stays."""
     return path if is_remote(path) else str(folder / path)
+
+
+def placed_source(folder: Path, source: Source) -> Source:
+    """A source whose paths start from the run's folder."""
+    paths = {name: getattr(source, name) for name in ("path", "valid_path", "wordings")}
+    return source.model_copy(update={name: placed(folder, path) for name, path in paths.items() if path is not None})
 
 
 def _settings(model: BaseModel) -> dict:
