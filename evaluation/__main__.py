@@ -24,6 +24,7 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from onevocab.evaluation.evaluator import Evaluator
     from onevocab.generation import AnyToAny
     from onevocab.tasks import load_tasks
+    from onevocab.training.held_out import memorising
 
     started = time.perf_counter()
     model = AnyToAny.load(run)
@@ -36,6 +37,9 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     folder = run / "report"
     evaluator = Evaluator(model, load_tasks(config.tasks), config, folder, limit)
     suite.run(evaluator, quiet)
+    lines = pages.metrics_lines(run)
+    stages = dict.fromkeys(line["stage"] for line in lines)
+    evaluator.notes += filter(None, (memorising(lines, stage) for stage in stages))
     report = {
         "device": provenance.device(), "versions": provenance.versions(), "config": settings,
         "seconds": {**pages.stage_seconds(run), "evaluation": round(time.perf_counter() - started, 1)},

@@ -13,7 +13,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
-from onevocab.common.checkpoint_files import list_steps
+from onevocab.common.checkpoint_files import list_steps, steps_to_use
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
@@ -34,13 +34,14 @@ from onevocab.tokenizers.text import TextTokenizer
 from onevocab.training import distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.faults import run_lock
+from onevocab.training.held_out import memorising
 from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.precision import device_flops
 
 # Settings that change how fast a stage runs or what it says, not what it makes.
 INCIDENTAL = {"workers", "log_every", "save_every", "max_bad_steps", "stall_seconds", "micro_batch_size", "parallel",
-              "activation_checkpointing", "compile", "background_save"}
+              "activation_checkpointing", "compile", "background_save", "valid_every", "valid_rows"}
 
 
 class Stage(NamedTuple):
@@ -229,14 +230,17 @@ class Run:
         Tokenizers(text, media).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
-        steps = distributed.broadcast([path.name for path in list_steps(self.folder / (after or name))])
+        steps = distributed.broadcast([path.name for path in steps_to_use(self.folder / (after or name))])
         vocabulary, loader, decoder = distributed.all_or_raise(lambda: self._make_ready(name, settings, after, steps))
         if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
             raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
         info = {"config": self.config.model.shape.model_dump(mode="json"), "vocab_size": vocabulary.size,
                 "vocabulary": vocabulary.hash, "stage": name}
         train_language(decoder, loader, settings, self.folder / name, info, vocabulary.modalities, self.log, name,
-                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision))
+                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision),
+                       loader.usual.held_out(settings.valid_rows, settings.micro_batch_size))
+        if self.main and (line := memorising(read_metrics(self.folder / "metrics.jsonl"), name)):
+            print(line, file=sys.stderr)
 
     def _make_ready(self, name: str, settings: LanguageStage, after: str | None, steps: list[str]):
         """Vocabulary, loader and decoder of a stage; steps: checkpoints of `after`, or of the stage, newest first."""
