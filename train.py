@@ -1,13 +1,14 @@
 """Trains every stage of one model, in order: `torchrun train.py configs/demo.toml [--section.key=value ...]`.
 
 Finished stages are skipped; an interrupted one continues. Each stage writes only below the run's folder. `--plan` says
-what it would take, and trains nothing.
+what it would take, and trains nothing. `--new my.toml --shards shards/mine` writes a configuration for one's own data.
 """
 
 import sys
 
 from onevocab.common.errors import UserError, cli
 from onevocab.pipeline.config import read_config
+from onevocab.pipeline.new import new_configuration
 from onevocab.pipeline.plan import plan_lines
 from onevocab.pipeline.run import Run
 from onevocab.training import distributed
@@ -17,6 +18,9 @@ from onevocab.training.faults import Stopped
 @cli
 def main() -> None:
     arguments = sys.argv[1:]
+    if arguments[:1] == ["--new"]:
+        new_configuration(arguments)
+        return
     if not arguments or arguments[0].startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")
     asked = [word for word in arguments[1:] if word.startswith("--plan")]
