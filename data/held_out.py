@@ -14,6 +14,18 @@ from onevocab.data.token_cache import HASHES
 VALID, LEAST, MOST = 0.01, 64, 0.1  # of a source: this share or so many samples, but at most this share
 
 
+def _without_crowds(hashes: np.ndarray, share: float) -> int:
+    """The limit that holds out `share` of sorted hashes, at least one sample where that is one; or fewer, where many
+    samples have equal media, as far as tokenizers that tell little apart can see: never over twice the share."""
+    wanted = share * len(hashes)
+    if wanted < 1:
+        return 0
+    limit = max(round(share * HASHES), int(hashes[0]) + 1)
+    if np.count_nonzero(hashes < limit) <= max(2 * wanted, 1):
+        return limit
+    return int(hashes[int(max(2 * wanted, 1))])  # that of the first ones that are too many
+
+
 def limits(valid: list[float | None], apart: list[bool], shards: list[list[str]], hashes: list[np.ndarray],
            held_out_shards: list[str]) -> dict[str, int]:
     """Shard -> the hash below which its samples are held out. Of a shard that two sources read, the larger one.
@@ -24,11 +36,9 @@ def limits(valid: list[float | None], apart: list[bool], shards: list[list[str]]
     """
     found: dict[str, int] = {}
     for share, alone, paths, there in zip(valid, apart, shards, hashes, strict=True):
-        limit = 0 if alone else round((share or 0) * HASHES)
-        if share is None and not alone and len(there):
-            limit = round(min(max(VALID, LEAST / len(there)), MOST) * HASHES)
-            if len(there) * MOST >= 1:
-                limit = max(limit, int(there.min()) + 1)  # at least one
+        if share is None:
+            share = min(max(VALID, LEAST / max(len(there), 1)), MOST)
+        limit = 0 if alone else _without_crowds(np.sort(there), share)
         for path in paths:
             found[path] = max(limit, found.get(path, 0))
     for path in held_out_shards:

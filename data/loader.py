@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from onevocab.data.held_out import LEAST, MOST, VALID, limits
 from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
 from onevocab.data.token_cache import DROPPABLE, LOSS, TokenCache
-from onevocab.data.turns import Turns, read_wordings
+from onevocab.data.turns import Entry, Turns, read_wordings
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
 
@@ -82,16 +82,6 @@ class Source(BaseModel):
         return self
 
 
-class Entry(NamedTuple):
-    """A document as it is shown: swapped: its two parts in the other order; dropped: without the words that a medium is
-    made from; wording: the number of its request, -1 where it is shown as it is."""
-
-    document: int
-    swapped: bool
-    dropped: bool
-    wording: int = -1
-
-
 @dataclass
 class Batch:
     """B rows of S tokens; position t predicts token t + 1.
@@ -136,7 +126,7 @@ class PackedLoader:
         self.sources = [s if isinstance(s, Source) else Source(path=str(s), valid=0.0) for s in sources]
         self.bad = BadSamples(config.max_bad_fraction)
         files = [read_wordings(source.wordings) for source in self.sources]
-        shards = [list_sources(path) for path in [*(source.path for source in self.sources), *(
+        self._shards = shards = [list_sources(path) for path in [*(source.path for source in self.sources), *(
             source.valid_path for source in self.sources if source.valid_path is not None)]]
         self._cache = TokenCache(tokenizers, cache_folder)
         self._cache.prepare(list(itertools.chain(*shards)), workers, rank)
@@ -225,7 +215,7 @@ class PackedLoader:
         if self._asked.any() and (left := self.summary()["without_turns"]):
             lines.append(f"{left:,} documents are not media with one caption, and are shown as they are, without turns")
         if store.samples and not len(self._held) and any(source.valid != 0 for source in self.sources):
-            lines.append("there are too few samples to hold some out (valid): no loss on held-out data is measured")
+            lines.append("its samples are too few, or too many are alike, to hold some out: no loss on held-out data")
         return lines
 
     def per_source(self) -> list[tuple[str, int, int, float]]:
@@ -346,6 +336,13 @@ class PackedLoader:
         """This rank's rows of the next step."""
         rows, share = self._next_rows(), self.config.global_batch_size // self.world
         return self._batch(rows[self.rank * share : (self.rank + 1) * share])
+
+    def held_out_samples(self) -> list[tuple[str, int]]:
+        """(shard, place in it) of the held-out samples, those with the lowest hashes first."""
+        places = list(itertools.chain(*self._shards))
+        order = self._held[np.argsort(self._cache.hash[self._held], kind="stable")]
+        found = dict.fromkeys(map(self._cache.sample_of, order.tolist()))
+        return [(places[shard], place) for shard, place in found]
 
     def held_out(self, rows: int, micro_batch_size: int = 0) -> list[Batch]:
         """This rank's batches of at most `rows` rows, over all ranks, of held-out samples: the same ones each time, in

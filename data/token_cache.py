@@ -295,6 +295,7 @@ class TokenCache:
             about[whole, column].astype(bool) for column in (TEXT_SECOND, HAS_TEXT, TALK))
         of_shard = np.bincount(np.repeat(np.arange(len(counts)), counts)[whole], minlength=len(counts))
         self._first = np.concatenate([[0], np.cumsum(of_shard)])
+        self._sample, self._before = whole, np.cumsum([0, *counts])
         self.samples = len(about)
         self.crcs = [documents.crc for documents in self._shards]
         self.modality_counts = np.sum([documents.modality_counts for documents in self._shards], 0)
@@ -302,6 +303,12 @@ class TokenCache:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def sample_of(self, document: int) -> tuple[int, int]:
+        """Of a document: (the number of its shard, in the order in which they were added, its sample's place there)."""
+        sample = int(self._sample[document])
+        shard = int(np.searchsorted(self._before, sample, "right")) - 1
+        return shard, sample - int(self._before[shard])
 
     def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32, flags uint8) of a document that is not empty."""

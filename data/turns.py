@@ -14,6 +14,7 @@ A document of several media has those of the section `[any]`.
 
 import tomllib
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
@@ -75,6 +76,16 @@ def read_wordings(path: str | None):
         raise UserError(f"wordings: {path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise invalid(error, f"wordings: {path}") from None
+
+
+class Entry(NamedTuple):
+    """A document as it is shown: swapped: its two parts in the other order; dropped: without the words that a medium is
+    made from; wording: the number of its request, -1 where it is shown as it is."""
+
+    document: int
+    swapped: bool
+    dropped: bool
+    wording: int = -1
 
 
 class Turns:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from onevocab.common.errors import cli, invalid
 
+DEMO_TASKS = "onevocab.demo.tasks"
+
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
     """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError when the run or its tasks
@@ -22,6 +24,7 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from onevocab.evaluation import suite
     from onevocab.evaluation.config import EvaluateConfig
     from onevocab.evaluation.evaluator import Evaluator
+    from onevocab.evaluation.own_data import task_module
     from onevocab.generation import AnyToAny
     from onevocab.tasks import load_tasks
     from onevocab.training.held_out import memorising
@@ -35,7 +38,9 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
         except ValidationError as error:
             raise invalid(error, f"{run / 'config.toml'}: [evaluate]") from None
     folder = run / "report"
-    evaluator = Evaluator(model, load_tasks(config.tasks), config, folder, limit)
+    own = config.tasks is None and "demo" not in settings.get("data", {"demo": {}})
+    module = task_module(model, run, settings) if own else load_tasks(config.tasks or DEMO_TASKS)
+    evaluator = Evaluator(model, module, config, folder, limit)
     suite.run(evaluator, quiet)
     lines = pages.metrics_lines(run)
     stages = dict.fromkeys(line["stage"] for line in lines)

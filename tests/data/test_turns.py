@@ -9,8 +9,10 @@ from test_loader import CONFIG, same
 
 from onevocab.common.errors import UserError
 from onevocab.data.documents import codes_document
+from onevocab.data.held_out import limits
 from onevocab.data.loader import PackedLoader, Source
 from onevocab.data.shards.format import list_shards, read_shard
+from onevocab.data.token_cache import HASHES
 from onevocab.data.turns import WordingsFile
 from onevocab.tokenizers.document import conversation
 
@@ -207,3 +209,17 @@ def test_held_out_batches_are_the_same_for_all_ranks_and_times(pairs, tokenizers
 
 def replace_config(**changes):
     return CONFIG.model_copy(update=changes)
+
+
+def test_samples_that_look_alike_are_not_all_held_out():
+    crowd = np.full(100, 5, np.int64)
+    assert limits([0.1], [False], [["a"]], [crowd], []) == {"a": 5}  # none is below
+    some = np.array([*range(4), *crowd])
+    assert np.count_nonzero(some < limits([0.1], [False], [["a"]], [some], [])["a"]) == 4
+    even = np.linspace(0, HASHES - 1, 50).astype(np.int64)
+    assert np.count_nonzero(even < limits([None], [False], [["a"]], [even], [])["a"]) == 5  # a tenth of few
+    many = np.linspace(0, HASHES - 1, 20_000).astype(np.int64)
+    assert np.count_nonzero(many < limits([None], [False], [["a"]], [many], [])["a"]) == 200  # 1% of many
+    some = np.linspace(0, HASHES - 1, 3000).astype(np.int64)
+    assert np.count_nonzero(some < limits([None], [False], [["a"]], [some], [])["a"]) == 64
+    assert limits([None], [False], [["a"]], [even[:9]], []) == {"a": 0}  # a tenth of nine is none
