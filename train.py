@@ -1,7 +1,7 @@
 """Trains every stage of one model, in order: `torchrun train.py configs/demo.toml [--section.key=value ...]`.
 
 Finished stages are skipped; an interrupted one continues. Each stage writes only below the run's folder. `--plan` says
-what it would take, and trains nothing.
+what it would take, and trains nothing. `--new my.toml --shards shards/mine` writes a configuration for one's own data.
 """
 
 import sys
@@ -9,6 +9,7 @@ import sys
 from onevocab.common.errors import UserError, cli
 from onevocab.pipeline.config import read_config
 from onevocab.pipeline.manual import manual
+from onevocab.pipeline.new import new_configuration
 from onevocab.pipeline.next_steps import next_steps
 from onevocab.pipeline.plan import plan_lines
 from onevocab.pipeline.run import Run
@@ -21,6 +22,9 @@ def main() -> None:
     path, *words = sys.argv[1:] or [""]
     if path in ("-h", "--help"):
         print(f"{__doc__}\n`train.py CONFIG --help` lists all settings.")
+        return
+    if path == "--new":
+        new_configuration(sys.argv[1:])
         return
     if not path or path.startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")

@@ -1,8 +1,8 @@
 """What lies in a folder of checkpoints: FOLDER/step-N/ with weights, JSON and a manifest. Knows files, no tensors.
 
-`model.safetensors`: whole weights; `averaged.safetensors`: their moving average, where one is kept; `model.json`: what
-the model is; `state.json`: where training stands; `optimizer/`: a file of each rank; `manifest.json`: bytes and sha256
-of the others, and its own.
+`best.json` beside them, where the best is kept. `model.safetensors`: whole weights; `averaged.safetensors`: their
+moving average, where one is kept; `model.json`: what the model is; `state.json`: where training stands;
+`optimizer/`: a file of each rank; `manifest.json`: bytes and sha256 of the others, and its own.
 """
 
 import json
@@ -15,6 +15,7 @@ from onevocab.common.files import hash_json, read_json, sha256_file
 
 MODEL, AVERAGED, INFO, STATE, MANIFEST = ("model.safetensors", "averaged.safetensors", "model.json", "state.json",
                                           "manifest.json")
+BEST = "best.json"  # beside the step folders: which one had the lowest held-out loss
 ALWAYS = {MODEL, INFO, STATE}
 
 
@@ -22,6 +23,21 @@ def list_steps(folder) -> list[Path]:
     """The step-N folders inside, newest first."""
     numbered = [(int(m[1]), p) for p in Path(folder).glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
     return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def best_step(folder) -> Path | None:
+    """The step of the lowest held-out loss, where one is kept."""
+    try:
+        step = json.loads((Path(folder) / BEST).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # none: the newest are used
+        return None
+    return next((path for path in list_steps(folder) if path.name == f"step-{step}"), None)
+
+
+def steps_to_use(folder) -> list[Path]:
+    """The step-N folders for whoever uses the weights: the best where one is kept, then the newest first."""
+    steps, best = list_steps(folder), best_step(folder)
+    return steps if best is None else [best, *(path for path in steps if path != best)]
 
 
 def file_entry(path: Path) -> dict:

@@ -30,8 +30,9 @@ from onevocab.tokenizers.document import Document, Segment, encode_document
 from onevocab.tokenizers.vocabulary import Vocabulary
 
 LOSS, DROPPABLE = 1, 2  # flags of a stored token
-COLUMNS = LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY = range(6)  # of `about`
-VERSION = "3"  # of what a stored document is; another makes kept files be made again
+COLUMNS = (LENGTH, SPLIT, TEXT_SECOND, HAS_TEXT, DROP, TEXT_ONLY, CAPTION, MEDIA, TALK, HASH) = range(10)  # of `about`
+HASHES = 1 << 31  # values of HASH
+VERSION = "4"  # of what a stored document is; another makes kept files be made again
 log = logging.getLogger("onevocab.data")
 
 
@@ -40,11 +41,14 @@ class ShardTokens:
     """One shard's n documents of t tokens in all.
 
     tokens: int32 (t,); flags: uint8 (t,), LOSS where predicting the token counts, DROPPABLE where guidance may take it
-    away; about: int32 (n, 6) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
+    away; about: int32 (n, 10) with the columns LENGTH in tokens; SPLIT, for a pair where its second part starts, else
     0; TEXT_SECOND, whether the pair's text is its second part; HAS_TEXT, whether it has one; DROP, how many tokens go
-    when the words before a medium are dropped; TEXT_ONLY, whether it is a plain text. A bad sample is a document of
-    length 0. bad: [key, reason] of these, in order; modality_counts: tokens of each of the vocabulary's modalities;
-    crc: of tokens and about; doubtful: the shard is damaged, which may be mended without its size and time changing.
+    when the words before a medium are dropped; TEXT_ONLY, whether it is a plain text; CAPTION, of a plain document of
+    media and one text the tokens of that text, below 0 where it comes first, else 0; MEDIA, a bit for each of the
+    vocabulary's ranges that it shows; TALK, whether it is a conversation; HASH, 31 bits of its media, or of its text
+    where it has none. A bad sample is a document of length 0. bad: [key, reason] of these, in order; modality_counts:
+    tokens of each of the vocabulary's modalities; crc: of tokens and about; doubtful: the
+    shard is damaged, which may be mended without its size and time changing.
     """
 
     tokens: np.ndarray
@@ -99,8 +103,21 @@ def encode_sample(sample: Sample, tokenizers: Tokenizers, encode_text) -> tuple[
     split = int(np.argmax(encoded.loss_mask)) if pair else 0
     drop = int(np.count_nonzero(flags & DROPPABLE))
     text_only = not document.is_conversation and parts == ["text"]
-    about = (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop, text_only)
+    about = (len(encoded.ids), split, pair and parts[1] == "text", pair and has_text, drop, text_only,
+             *_described(document, encoded.ids, tokenizers.vocab))
     return encoded.ids, flags, about
+
+
+def _described(document: Document, ids: np.ndarray, vocab: Vocabulary) -> tuple[int, int, bool, int]:
+    """The columns CAPTION, MEDIA, TALK and HASH."""
+    parts, text = [segment.modality for segment in document.segments], int(np.count_nonzero(ids < vocab.text_size))
+    caption = 0
+    if not document.is_conversation and len(parts) > 1 and parts.count("text") == 1 and "text" in (parts[0], parts[-1]):
+        caption = text if parts[-1] == "text" else -text
+    media = sum(1 << number for number, span in enumerate(vocab.ranges) if span.name in parts)
+    hashed = ids[ids >= vocab.ranges[0].start] if media else ids
+    digest = hashlib.blake2b(hashed.astype("<i4").tobytes(), digest_size=4).digest()
+    return caption, media, document.is_conversation, int.from_bytes(digest) & HASHES - 1
 
 
 def encode_shard(shard, tokenizers: Tokenizers) -> ShardTokens:
@@ -154,7 +171,8 @@ class _CachedShard:
         if self.about.dtype != np.int32 or self.about.ndim != 2 or self.about.shape[1] != len(COLUMNS):
             raise ValueError("its table has another form")
         length, split = self.about[:, LENGTH].astype(np.int64), self.about[:, SPLIT]
-        if (length < 0).any() or (split < 0).any() or (split > length).any() or not all(
+        caption = np.abs(self.about[:, CAPTION].astype(np.int64))
+        if (length < 0).any() or (split < 0).any() or (split > length).any() or (caption > length).any() or not all(
                 part.get_shape() == [int(length.sum())] for part in (self.tokens, self.flags)):
             raise ValueError("its numbers do not fit each other")
         if (self.tokens.get_dtype(), self.flags.get_dtype()) != ("I32", "U8"):
@@ -214,8 +232,8 @@ def _fill_cache(shards: list[str], tokenizers_folder: str, folder: Path) -> None
 
 
 class TokenCache:
-    """The documents of many shards as one sequence of n. After `freeze`, each (n,): length, drop, split (int64) and
-    text_second, has_text (bool), as in ShardTokens.
+    """The documents of many shards as one sequence of n. After `freeze`, each (n,): length, drop, split, caption,
+    media, hash (int64) and text_second, has_text, talk (bool), as in ShardTokens.
 
     folder: where encoded shards are kept and mapped from; None: in memory, 5 bytes a token.
     """
@@ -271,10 +289,13 @@ class TokenCache:
         low, high = (n * length[whole] // pieces[whole] for n in (piece, piece + 1))
         self.length = high - low
         self._start = (np.concatenate(ends) - length)[whole] + low  # of a document, within its shard
-        self.split, self.drop = (about[whole, column].astype(np.int64) for column in (SPLIT, DROP))
-        self.text_second, self.has_text = (about[whole, column].astype(bool) for column in (TEXT_SECOND, HAS_TEXT))
+        self.split, self.drop, self.caption, self.media, self.hash = (
+            about[whole, column].astype(np.int64) for column in (SPLIT, DROP, CAPTION, MEDIA, HASH))
+        self.text_second, self.has_text, self.talk = (
+            about[whole, column].astype(bool) for column in (TEXT_SECOND, HAS_TEXT, TALK))
         of_shard = np.bincount(np.repeat(np.arange(len(counts)), counts)[whole], minlength=len(counts))
         self._first = np.concatenate([[0], np.cumsum(of_shard)])
+        self._sample, self._before = whole, np.cumsum([0, *counts])
         self.samples = len(about)
         self.crcs = [documents.crc for documents in self._shards]
         self.modality_counts = np.sum([documents.modality_counts for documents in self._shards], 0)
@@ -282,6 +303,12 @@ class TokenCache:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def sample_of(self, document: int) -> tuple[int, int]:
+        """Of a document: (the number of its shard, in the order in which they were added, its sample's place there)."""
+        sample = int(self._sample[document])
+        shard = int(np.searchsorted(self._before, sample, "right")) - 1
+        return shard, sample - int(self._before[shard])
 
     def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32, flags uint8) of a document that is not empty."""

@@ -10,6 +10,8 @@ from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import check_writable
 from onevocab.common.paths import path_argument
 
+DEMO_TASKS = "onevocab.demo.tasks"
+
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
     """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError, before anything is asked, when
@@ -24,8 +26,10 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from onevocab.evaluation import suite
     from onevocab.evaluation.config import EvaluateConfig
     from onevocab.evaluation.evaluator import Evaluator
+    from onevocab.evaluation.own_data import task_module
     from onevocab.generation import AnyToAny
     from onevocab.tasks import load_tasks
+    from onevocab.training.held_out import memorising
 
     started = time.perf_counter()
     settings, folder = pages.run_config(run), run / "report"
@@ -36,9 +40,14 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
             raise invalid(error, f"{run / 'config.toml'}: [evaluate]") from None
     for place in (folder, folder / "examples") if run.is_dir() else ():
         check_writable(place)
-    tasks, model = load_tasks(config.tasks), AnyToAny.load(run)
-    evaluator = Evaluator(model, tasks, config, folder, limit)
+    own = config.tasks is None and "demo" not in settings.get("data", {"demo": {}})
+    tasks = None if own else load_tasks(config.tasks or DEMO_TASKS)
+    model = AnyToAny.load(run)
+    evaluator = Evaluator(model, tasks or task_module(model, run, settings), config, folder, limit)
     suite.run(evaluator, quiet)
+    lines = pages.metrics_lines(run)
+    stages = dict.fromkeys(line["stage"] for line in lines)
+    evaluator.notes += filter(None, (memorising(lines, stage) for stage in stages))
     report = {
         "device": provenance.device(), "versions": provenance.versions(), "config": settings,
         "seconds": {**pages.stage_seconds(run), "evaluation": round(time.perf_counter() - started, 1)},

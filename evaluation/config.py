@@ -18,7 +18,9 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tasks: str = Field("onevocab.demo.tasks", description="the module whose TASKS are asked, by its dotted name")
+    tasks: str | None = Field(None, description="the module whose TASKS are asked, by its dotted name (default: the "
+                              "demo's where the run has its world, else those of evaluation/own_data.py: the run's "
+                              "own held-out samples)")
     seed: int = Field(0, description="of the items")
     batch: int = Field(64, ge=1, description="prompts that are answered at once")
     captions: int = Field(150, ge=1, description="items of descriptions and drawings; enough that every name appears")

@@ -93,6 +93,25 @@ def word_score(want: str, given: str) -> tuple[float, int]:
     return max(0, len(want) - costs[-1]), len(want)
 
 
+def token_f1(want: str, given: str) -> float:
+    """Harmonic mean of precision and recall over words, each counted as often as it comes (SQuAD, Rajpurkar et al.
+    2016)."""
+    want, given = normal(want).split(), normal(given).split()
+    shared = (Counter(want) & Counter(given)).total()
+    return 2 * shared / (len(want) + len(given)) if shared else float(want == given)
+
+
+def rouge_l(want: str, given: str) -> float:
+    """The same of the longest common subsequence of words (ROUGE-L with equal weights, Lin 2004)."""
+    want, given = normal(want).split(), normal(given).split()
+    lengths = [0] * (len(given) + 1)
+    for word in want:
+        before = 0
+        for j, other in enumerate(given, 1):
+            before, lengths[j] = lengths[j], before + 1 if word == other else max(lengths[j], lengths[j - 1])
+    return 2 * lengths[-1] / (len(want) + len(given)) if lengths[-1] else float(want == given)
+
+
 def iou(one, other) -> float:
     """Intersection over union of two boxes (x0, y0, x1, y1), ends included (integers 0-99)."""
     width = min(one[2], other[2]) - max(one[0], other[0]) + 1

@@ -36,12 +36,17 @@ def run_config(run: Path) -> dict:
         return {}
 
 
-def curve_images(run: Path) -> list[tuple[str, str]]:
-    """(stage, PNG data URI) of the losses in `metrics.jsonl`. A damaged line is skipped."""
+def metrics_lines(run: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`; a damaged one is skipped."""
     try:
-        lines = read_metrics(run / "metrics.jsonl")
+        return read_metrics(run / "metrics.jsonl")
     except OSError:
         return []
+
+
+def curve_images(run: Path) -> list[tuple[str, str]]:
+    """(stage, PNG data URI) of the losses in `metrics.jsonl`."""
+    lines = metrics_lines(run)
     drawn = {stage: curves(lines, stage) for stage in dict.fromkeys(line.get("stage") for line in lines)}
     return [(str(stage), data_uri(data, "image/png")) for stage, data in drawn.items() if data]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onevocab.common.checkpoint_files import list_steps
+from onevocab.common.checkpoint_files import steps_to_use
 from onevocab.common.errors import UserError
 from onevocab.generation import engine
 from onevocab.generation.defaults import GenerationDefaults
@@ -107,7 +107,7 @@ class AnyToAny:
             raise UserError(f"{run} is not a finished run: tokenizers/vocabulary.json is missing; {again}, "
                             f"or {HOW_TO_MAKE}")
         stages = (stage,) if stage else STAGES
-        stage = next((name for name in stages if list_steps(run / name)), None)
+        stage = next((name for name in stages if steps_to_use(run / name)), None)
         if stage is None:
             wanted = " or ".join(f"{name}/step-N" for name in stages)
             raise UserError(f"{run} is not a finished run: no checkpoint {wanted} is there; {again}")
@@ -261,7 +261,7 @@ class AnyToAny:
 def _newest_model(folder: Path, vocab: Vocabulary) -> Decoder:
     """The newest whole checkpoint; damaged ones are named on stderr. Raises UserError when none is usable."""
     damaged = []
-    for step in list_steps(folder):
+    for step in steps_to_use(folder):
         try:
             weights, info = load_weights(step)
         except UserError as error:

@@ -14,14 +14,15 @@ import tomli_w
 import torch
 from pydantic import BaseModel
 
-from onevocab.common.checkpoint_files import list_steps
+from onevocab.common.checkpoint_files import list_steps, steps_to_use
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import tokenize_in_processes
-from onevocab.data.loader import PackedLoader
+from onevocab.data.loader import PackedLoader, Source
 from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
+from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
 from onevocab.model.decoder import Decoder
@@ -38,13 +39,15 @@ from onevocab.tokenizers.text import TextTokenizer
 from onevocab.training import distributed
 from onevocab.training.autoencoder import train_autoencoder
 from onevocab.training.faults import run_lock
+from onevocab.training.held_out import memorising
 from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog, curves, read_metrics
 from onevocab.training.precision import device_flops
 
 # Settings that change how fast a stage runs, what it says or where it reads, not what it makes.
 INCIDENTAL = {"shards", "workers", "max_bad_fraction", "log_every", "save_every", "max_bad_steps", "stall_seconds",
-              "micro_batch_size", "parallel", "activation_checkpointing", "compile", "background_save"}
+              "micro_batch_size", "parallel", "activation_checkpointing", "compile", "background_save", "valid_every",
+              "valid_rows"}
 DATA = "data"  # among the inputs of a stage: the raw shards
 
 
@@ -156,6 +159,9 @@ class Run:
         """Of each stage: what it is to be made of, and the hash of that."""
         digests = {name: file["digest"] for name, file in (self.files or {}).items()}
         records: dict[str, dict] = {DATA: {"hash": hash_json(digests)}}
+        for stage in (self.config.pretrain, self.config.instruct):
+            for source in (*stage.sources, *(source for phase in stage.phases for source in phase.sources)):
+                read_wordings(placed_source(self.folder, source).wordings)
         for stage in self.stages:
             made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
             record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
@@ -277,27 +283,32 @@ class Run:
         Tokenizers(text, media).save(self.folder / "tokenizers")
 
     def train_stage(self, name: str, settings: LanguageStage, after: str | None) -> None:
-        steps = distributed.broadcast([path.name for path in list_steps(self.folder / (after or name))])
+        steps = distributed.broadcast([path.name for path in steps_to_use(self.folder / (after or name))])
         vocabulary, loader, decoder = distributed.all_or_raise(lambda: self._make_ready(name, settings, after, steps))
         if len(set(distributed.gather(hash_json(loader.state_dict())))) > 1:
             raise UserError(f"{name}: the ranks see different data; all of them need the same shards")
         info = {"config": self.config.model.shape.model_dump(mode="json"), "vocab_size": vocabulary.size,
                 "vocabulary": vocabulary.hash, "stage": name}
         train_language(decoder, loader, settings, self.folder / name, info, vocabulary.modalities, self.log, name,
-                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision))
+                       self.device, lambda precision: self.config.device_flops or device_flops(self.device, precision),
+                       loader.usual.held_out(settings.valid_rows, settings.micro_batch_size))
+        if self.main and (line := memorising(read_metrics(self.folder / "metrics.jsonl"), name)):
+            print(line, file=sys.stderr)
 
     def _make_ready(self, name: str, settings: LanguageStage, after: str | None, steps: list[str]):
         """Vocabulary, loader and decoder of a stage; steps: checkpoints of `after`, or of the stage, newest first."""
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
-            sources = [source.model_copy(update={"path": placed(self.folder, source.path)}) for source in sources]
+            sources = [placed_source(self.folder, source) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "token_cache",
                                   max(1, self.config.data.workers // distributed.world()),
-                                  self.config.data.max_bad_fraction)
+                                  self.config.data.max_bad_fraction, name == "instruct")
             if self.main:
                 print(f"{name}: {loader.summary()}", file=sys.stderr)
+                for line in loader.remarks():
+                    print(f"{name}: {line}", file=sys.stderr)
             return loader
 
         phases = [Phase(phase.start, phase.steps, read(phase.sources)) for phase in settings.phases]
@@ -325,6 +336,12 @@ def placed(folder: Path, path: str) -> str:
     if ".." in Path(path).parts:  # the run's folder may not be there yet
         return os.path.normpath(folder.resolve() / path)
     return str(folder / path)
+
+
+def placed_source(folder: Path, source: Source) -> Source:
+    """A source whose paths start from the run's folder."""
+    paths = {name: getattr(source, name) for name in ("path", "valid_path", "wordings")}
+    return source.model_copy(update={name: placed(folder, path) for name, path in paths.items() if path is not None})
 
 
 def _settings(model: BaseModel) -> dict:

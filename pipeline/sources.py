@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from onevocab.common.checkpoint_files import list_steps
+from onevocab.common.checkpoint_files import steps_to_use
 from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json, sha256_file
 from onevocab.common.provenance import first_difference
@@ -94,7 +94,7 @@ class OldRun:
             raise UserError(f"init_from: there is no run {folder}")
         tokenizers = self.folder / "tokenizers"
         self._vocabulary = Vocabulary.from_json(read_json(tokenizers / "vocabulary.json"))
-        steps = [step for stage in STAGES for step in list_steps(self.folder / stage)[:1]]
+        steps = [step for stage in STAGES for step in steps_to_use(self.folder / stage)[:1]]
         if not steps:
             raise UserError(f"init_from: {folder} holds no checkpoint of {' or '.join(STAGES)}")
         self.step = steps[0]

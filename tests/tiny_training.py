@@ -50,6 +50,10 @@ class Loader:
         weights = torch.full((4, 16), float("nan") if self.taken in self.poison else 1.0)
         weights[:, : self.taken % 5] = 0  # rows and ranks whose tokens count differently
         self.taken += 1
+        return self.batch(ids, weights)
+
+    def batch(self, ids, weights) -> Batch:
+        """This rank's part."""
         columns = ids[:, :-1], ids[:, 1:], weights.to(self.dtype), torch.zeros(4, 16, dtype=torch.uint8), \
             torch.arange(16).expand(4, 16), torch.zeros(4, 16, dtype=torch.int32)
         share = 4 // self.world

@@ -26,4 +26,7 @@ MODALITY = Modality(
     tokenizer_class="onevocab.tokenizers.audio_tokenizer:AudioTokenizer", value="a (samples, rate) pair",
     accepts=accepts, suffixes=AUDIO_SUFFIXES, shard_endings=("flac", "wav"), ending_of=audio_ending, load=load_audio,
     save=lambda sound: encode_audio(*sound, format="WAV"), to_shard=lambda sound: encode_audio(*sound), preview=preview,
-    measure=lambda sound: ("seconds of a sound", len(sound[0]) / sound[1]))
+    measure=lambda sound: ("seconds of a sound", len(sound[0]) / sound[1]),
+    describe=("What do you hear?", "Describe the sound.", "What is this sound?", "Put this sound into words."),
+    make=("Let me hear {caption}", "Make this sound: {caption}", "A sound, please: {caption}",
+          "Say or play: {caption}"))

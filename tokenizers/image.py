@@ -20,4 +20,8 @@ MODALITY = Modality(
     accepts=lambda value: isinstance(value, Image.Image), suffixes=IMAGE_SUFFIXES,
     shard_endings=("png", "jpg", "jpeg", "webp"), ending_of=image_ending, load=load_image, save=encode_png,
     to_shard=encode_png, preview=preview,
-    measure=lambda picture: ("pixels of a picture's longer side", max(picture.size)))
+    measure=lambda picture: ("pixels of a picture's longer side", max(picture.size)),
+    describe=("Describe the picture.", "What is in the picture?", "What do you see?", "Give a caption.",
+              "What does the picture show?", "Tell me what is in this picture."),
+    make=("Draw {caption}", "Draw this: {caption}", "Make a picture of {caption}", "Show me {caption}",
+          "A picture, please: {caption}", "Paint {caption}"))

@@ -19,6 +19,10 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     from torch import Tensor
 
+# How a modality without wordings of its own is asked about, and asked for.
+DESCRIBE = ("Describe this.", "What is this?", "Put this into words.", "Give a caption.")
+MAKE = ("Make this: {caption}", "Give me this: {caption}", "I want {caption}", "Make {caption}")
+
 
 class Preview(NamedTuple):
     """A value made small enough for a page. label: what it is, in words; mime, content: a file that browsers show."""
@@ -80,7 +84,8 @@ class Modality:
     `npy`: those are codes; the first is the one that `to_shard` writes; ending_of: a file's bytes -> which ending of
     `suffixes` they should have, without the dot, None where they are none of this modality's; load: path or bytes of a
     file -> a value, checked; save, to_shard: a value -> the bytes of a file for people, or for a shard; preview: a
-    value -> what a page shows of it; measure: a value -> (what its length is measured in, how long it is).
+    value -> what a page shows of it; measure: a value -> (what its length is measured in, how long it is); describe,
+    make: what training asks before a caption, and before a medium that is made from one (data/turns.py).
     """
 
     name: str
@@ -97,6 +102,8 @@ class Modality:
     to_shard: Callable[[object], bytes]
     preview: Callable[[object], Preview]
     measure: Callable[[object], tuple[str, float]]
+    describe: tuple[str, ...] = DESCRIBE
+    make: tuple[str, ...] = MAKE
 
     @property
     def tokenizer(self) -> type[MediaTokenizer]:

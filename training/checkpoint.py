@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from onevocab.common.checkpoint_files import (
     AVERAGED,
+    BEST,
     INFO,
     MANIFEST,
     MODEL,
@@ -39,7 +40,7 @@ from onevocab.common.checkpoint_files import (
     write_plain_json,
 )
 from onevocab.common.errors import UserError
-from onevocab.common.files import read_json, sync
+from onevocab.common.files import read_json, sync, write_json
 from onevocab.training import distributed
 from onevocab.training.faults import Stopped
 from onevocab.training.random_state import random_state, restore_random_state
@@ -64,7 +65,7 @@ class Checkpoint:
 
 
 class Saver:
-    """Writes FOLDER/step-N and then removes all but the newest `keep`. All ranks make the same calls.
+    """Writes FOLDER/step-N and then removes all but the newest `keep` and the best. All ranks make the same calls.
 
     In the background `save` returns when the state has been copied, and a thread writes it. Call `finish` once
     `written` is true on all ranks: when it has returned, the checkpoint is there. The next `save` calls it too, and so
@@ -74,7 +75,7 @@ class Saver:
     def __init__(self, folder, keep: int = 2, background: bool = False):
         self.folder, self.keep, self.background = Path(folder), keep, background
         self._group = distributed.cpu_group()
-        self._step, self._pending = 0, None
+        self._step, self._best, self._pending = 0, None, None
 
     def __enter__(self):
         return self
@@ -89,11 +90,13 @@ class Saver:
                 raise
             print(f"error: {error}", file=sys.stderr)  # beside what came first
 
-    def save(self, step: int, model: nn.Module, model_info: dict, optimizers, state: dict) -> None:
+    def save(self, step: int, model: nn.Module, model_info: dict, optimizers, state: dict,
+             best: int | None = None) -> None:
         """optimizers: None, or has `tensors()` and `averages()`, both -> dict[str, Tensor]. state and model_info: JSON
-        values; rank 0's are written. Raises UserError on all ranks when any cannot write; older checkpoints stay."""
+        values; rank 0's are written. best: a step that is kept beside the newest ones, this or an older one. Raises
+        UserError on all ranks when any cannot write; older checkpoints stay."""
         self.finish()
-        self._step = step
+        self._step, self._best = step, best
         try:
             distributed.all_or_raise(self._begin)
         except UserError as error:
@@ -191,9 +194,12 @@ class Saver:
             os.replace(final, self.folder / f".step-{self._step}.old")
         os.replace(aside, final)
         sync(self.folder)
+        if self._best is not None:
+            write_json(self.folder / BEST, {"step": self._best})
         steps = list_steps(self.folder)  # newer ones were damaged, or training would have gone on from them
         for old in steps[: steps.index(final)] + steps[steps.index(final) + self.keep :]:
-            os.replace(old, self.folder / f".{old.name}.old")  # a half-deleted folder must not look like a checkpoint
+            if old.name != f"step-{self._best}":  # aside: a half-deleted folder must not look like a checkpoint
+                os.replace(old, self.folder / f".{old.name}.old")
         sweep(self.folder)
 
     def _give_up(self, error: UserError) -> None:

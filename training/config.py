@@ -34,6 +34,11 @@ class TrainConfig(BaseModel):
     stall_seconds: float = Field(1800.0, ge=0, description="a rank that waits so long for data or for another rank "
                                  "ends the run (0: never)")
     log_every: int = Field(20, ge=1, description="steps between two lines of metrics")
+    valid_every: int = Field(200, ge=0, description="steps between two losses on held-out data; also at the end (0: "
+                             "never)")
+    valid_rows: int = Field(32, ge=1, description="rows of held-out data that are looked at, over all ranks")
+    keep_best: bool = Field(False, description="keep a checkpoint of the lowest loss on held-out data, which then is "
+                            "what the next stage and whoever samples take")
     background_save: Literal["auto", "on", "off"] = Field("auto", description="write checkpoints while training goes "
                                                           "on; auto: on a GPU")
     save_every: int = Field(500, ge=1, description="steps between two checkpoints")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.training import checkpoint, distributed
 from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped, StopSignal, Watchdog
+from onevocab.training.held_out import held_out_losses
 from onevocab.training.metrics import MetricsLog, Totals, peak_memory, progress
 from onevocab.training.muon import build_optimizers
 from onevocab.training.parallel import exchange, replicate, shard
@@ -93,12 +94,14 @@ def keep_new_rows(decoder: nn.Module) -> None:
 def train_language(
     decoder: nn.Module, loader, config: TrainConfig, folder, model_info: dict, modalities: list[str],
     log: MetricsLog, stage: str, device: torch.device, peak_flops: Callable[[str], float] | None = None,
+    held_out: Sequence = (),
 ) -> None:
     """Trains until `config.steps`, from the newest checkpoint of `folder` if there is one.
 
     loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, loss_weights, modality,
     positions, document_ids, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops:
-    precision -> FLOP/s of a device, for the MFU. Raises Stopped after a signal, and UserError when the
+    precision -> FLOP/s of a device, for the MFU. held_out: this rank's batches of held-out samples, as many on every
+    rank. Raises Stopped after a signal, and UserError when the
     loss stays non-finite.
     """
     if distributed.is_main():
@@ -128,8 +131,8 @@ def train_language(
         watchdog.waits_for("the checkpoint", step)
         log.sync()
         state = {"loader": loader.state_dict(), "precision": precision, "unreported": totals.gathered(),
-                 "seconds": time.perf_counter() - began, "waited": waited}
-        saver.save(step, decoder, model_info, optimizers, state)
+                 "seconds": time.perf_counter() - began, "waited": waited, "best": best}
+        saver.save(step, decoder, model_info, optimizers, state, best and best[1])
 
     def next_batch():
         batch = loader.next_batch()
@@ -139,6 +142,9 @@ def train_language(
     bad, saved, waited, began = 0, start, 0.0, time.perf_counter()
     if resumed:  # the seconds since the last report go on, as the sums of `totals` do
         waited, began = resumed.state["waited"], began - resumed.state["seconds"]
+    # Of the lowest held-out loss: [loss, step].
+    best = resumed.state.get("best") if resumed else None
+    shown: dict[str, str] = {}  # on the bar
     watchdog = Watchdog(config.stall_seconds, stage, distributed.rank())
     with StopSignal() as stop, watchdog, saver, progress(config.steps, start, stage, distributed.is_main()) as bar:
         for step in range(start, config.steps):
@@ -176,13 +182,24 @@ def train_language(
             if report:
                 seconds, began = time.perf_counter() - began, time.perf_counter()
                 values = totals.report(seconds, decoder.flops, peak)
-                bar.set_postfix({name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()
-                                 if name.startswith("loss_")} | {"tok/s": f"{values['tokens_per_second']:,.0f}"})
+                shown |= {name.removeprefix("loss_"): f"{value:.2f}" for name, value in values.items()
+                          if name.startswith("loss_")} | {"tok/s": f"{values['tokens_per_second']:,.0f}"}
+                bar.set_postfix(shown)
                 signals = {name: value.item() for name, value in module.signals.items()}
                 log.write(stage, done, **values, gradient_norm=norm.item(), **signals, learning_rate=rate,
                           waiting_for_data=waited / seconds, memory_bytes=peak_memory(device))
                 waited = 0.0
-            if done % config.save_every == 0 or done == config.steps:
+            improved = False
+            if config.valid_every and (done % config.valid_every == 0 or done == config.steps):
+                watchdog.waits_for("the loss on held-out data", step)
+                if losses := held_out_losses(module, held_out, modalities, precision, device):
+                    log.write(stage, done, **losses)
+                    shown |= {f"held out {name.removeprefix('valid_loss_')}": f"{value:.2f}"
+                              for name, value in losses.items() if name != "valid_loss"}
+                    bar.set_postfix(shown)
+                    improved = config.keep_best and (best is None or losses["valid_loss"] < best[0])
+                    best = [losses["valid_loss"], done] if improved else best
+            if done % config.save_every == 0 or done == config.steps or improved:
                 save(done)
                 saved = done
             asked_to_stop, written = distributed.count_ranks(stop.asked, saver.written)

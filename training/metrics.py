@@ -38,7 +38,7 @@ class Totals:
     def report(self, seconds: float, flops: Callable[[float, float], float], peak_flops: float) -> dict[str, float]:
         """Losses and tokens a second, by modality and together, of all ranks, then starts anew. flops: tokens and keys
         -> FLOPs of a step; peak_flops: of a device, in FLOP/s; with it also `mfu`, their part of it."""
-        losses, weights, tokens, keys = distributed.all_reduce_sum(self.sums).tolist()
+        losses, weights, tokens, keys = self.summed()
         self.sums.zero_()
         values = {f"loss_{name}": loss / weight
                   for name, loss, weight in zip(self.modalities, losses, weights, strict=True) if weight}
@@ -48,6 +48,10 @@ class Totals:
         if peak_flops:
             values["mfu"] = flops(sum(tokens), sum(keys)) / seconds / (peak_flops * distributed.world())
         return values
+
+    def summed(self) -> list[list[float]]:
+        """The sums of all ranks together; all of them call it."""
+        return distributed.all_reduce_sum(self.sums.clone()).tolist()
 
     def gathered(self) -> list:
         """The sums of every rank, for `load`; all ranks call it."""
@@ -147,7 +151,7 @@ def read_metrics(path) -> list[dict]:
 
 # The panels of a picture of curves: title, pattern of the names drawn in it, whether on a logarithmic scale.
 PANELS = [
-    ("loss (nats a token)", r"loss(_\w+)?", True),
+    ("loss (nats a token)", r"(valid_)?loss(_\w+)?", True),
     ("gradient norm", r"gradient_norm", True),
     ("norm of the last layer's output, z", r"output_norm|z", False),
     ("tokens a second", r"tokens_per_second(_\w+)?", False),
@@ -173,7 +177,9 @@ def curves(lines: list[dict], stage: str) -> bytes | None:
         axes = figure.add_subplot(rows, columns, place)
         for name in members:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), label=re.sub("^(loss|tokens_per_second)_", "", name), linewidth=1.2)
+            held_out = name.startswith("valid_")
+            label = re.sub("^(loss|tokens_per_second)_", "", name.removeprefix("valid_")) + ", held out" * held_out
+            axes.plot(*zip(*points, strict=True), "--" if held_out else "-", label=label, linewidth=1.2)
         axes.set(title=title, xlabel="step", yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -119,12 +119,13 @@ def test_repeats_and_weights(tmp_path, tokenizers):
         loader = PackedLoader(sources, tokenizers, CONFIG)
         return Counter(loader.plan(epoch)[0].tolist())
 
-    shown = [counts(Source(path=a, repeat=2.5), Source(path=b, repeat=0.5), epoch=epoch) for epoch in range(4)]
+    shown = [counts(Source(path=a, repeat=2.5, valid=0), Source(path=b, repeat=0.5, valid=0), epoch=epoch)
+             for epoch in range(4)]
     for epoch in shown:
         assert sum(epoch[i] for i in range(10)) == 25 and {epoch[i] for i in range(10)} == {2, 3}
         assert sum(epoch[i] for i in range(10, 40)) == 15 and max(epoch[i] for i in range(10, 40)) == 1
     assert shown[0] != shown[1]
-    weighted = counts(Source(path=a, weight=3), Source(path=b, weight=1))
+    weighted = counts(Source(path=a, weight=3, valid=0), Source(path=b, weight=1, valid=0))
     assert sum(weighted.values()) == 40 and sum(weighted[i] for i in range(10)) == 30
     with pytest.raises(UserError, match="weight"):
         counts(Source(path=a, weight=3), Source(path=b))
@@ -135,7 +136,8 @@ def test_both_orders_and_condition_dropout(codes, tokenizers, tmp_path):
     loader = PackedLoader(codes, tokenizers, CONFIG)
     shown, documents = set(), [codes_document(s) for shard in list_shards(codes) for s in read_shard(shard)]
     for epoch in range(6):
-        for number, swapped, dropped in zip(*(values.tolist() for values in loader.plan(epoch)), strict=True):
+        for number, swapped, dropped, wording in zip(*(values.tolist() for values in loader.plan(epoch)), strict=True):
+            assert wording == -1
             segments, kind = list(documents[number].segments), number % 5
             if kind in (0, 1):
                 first, second = segments[::-1] if swapped else segments
@@ -156,7 +158,7 @@ def test_both_orders_and_condition_dropout(codes, tokenizers, tmp_path):
     # Over six epochs each pair came in both orders.
     assert all({s for n, s, _ in shown if n == number} == {False, True} for number in range(60) if number % 5 < 2)
     always = PackedLoader(codes, tokenizers, CONFIG.model_copy(update={"text_first": 1.0, "condition_dropout": 1.0}))
-    numbers, swapped, dropped = always.plan(0)
+    numbers, swapped, dropped, _ = always.plan(0)
     assert (swapped == (numbers % 5 == 0)).all() and (dropped == np.isin(numbers % 5, (0, 1, 2))).all()
 
 

@@ -1,0 +1,274 @@
+"""What is asked of a run without tasks of its own: its held-out samples.
+
+The losses on them; their captions and answers, compared with the references; what is made from their texts, to look at;
+and what the tokenizers lose of their media. Tokenizers are trained on all of [data] shards, held-out samples included:
+they see no text.
+"""
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from onevocab.common.errors import UserError, invalid
+from onevocab.data.documents import UNDECODABLE, BadSample, document_of
+from onevocab.data.loader import LoaderConfig, PackedLoader, Source
+from onevocab.data.shards.format import npy_to_codes
+from onevocab.data.shards.index import IndexedShard
+from onevocab.data.shards.remote import default_cache, is_remote, list_sources, local_name, read_source
+from onevocab.data.turns import CAPTION, read_wordings
+from onevocab.evaluation import metrics
+from onevocab.evaluation.metrics import row
+from onevocab.generation.anytoany import STAGES
+from onevocab.tasks import Card, Item, Metric, Section, Session, Task
+from onevocab.tasks.registry import TaskModule
+from onevocab.tokenizers.document import Document, MediaFile
+from onevocab.tokenizers.modalities import MODALITIES
+from onevocab.training.held_out import held_out_losses
+from onevocab.training.loop import NextTokenLoss
+
+HELD_OUT = "held-out samples"
+MOST, SHOWN = 600, 12  # held-out samples that are opened; cards of reconstructions
+RECONSTRUCTED = Section("Through the tokenizers", "Held-out media, and the same after encoding and decoding: no model "
+                        "output can be better.")
+
+
+def best_of(score):
+    """A metric's score: the reply against the reference that it is nearest to."""
+    return lambda answer, reply: (max(score(reference, reply) for reference in answer["references"]), 1)
+
+
+COMPARED = (("exact match", best_of(lambda one, other: float(metrics.normal(one) == metrics.normal(other)))),
+            ("words shared (F1)", best_of(metrics.token_f1)), ("ROUGE-L", best_of(metrics.rouge_l)))
+
+
+class HeldOutTask(Task):
+    """Items are taken from a list, not drawn."""
+
+    held_out, reworded = HELD_OUT, False
+
+    def __init__(self, name: str, want: str, media: tuple[str, ...], found: list[Item], section: Section,
+                 compared=COMPARED, count: str = "items"):
+        self.name, self.want, self.media, self.found = name, want, media, found
+        self.section, self.count = section, count
+        self.metrics = tuple(Metric(name, *each) for each in compared)
+
+    def example(self, rng, split, wording):
+        raise NotImplementedError("held-out samples are not drawn")
+
+    def items(self, split: str, n: int, seed: int) -> list[Item]:
+        return self.found[:n]
+
+    def right(self, item: Item):
+        return item.answer["references"][0] if self.want == "text" else item.answer[self.want]
+
+    def card(self, item: Item, reply, verdict) -> Card:
+        parts = [part for message in item.messages for part in message["content"]]
+        lines = [("asked", " ".join(part for part in parts if isinstance(part, str)))]
+        media = [("given", part) for part in parts if not isinstance(part, str)]
+        media += [("model", values[0]) for values in reply.media.values() if values]
+        if self.want == "text":
+            lines += [("reference", item.answer["references"][0]), ("model", reply.text)]
+        else:
+            media.append(("held out", item.answer[self.want]))
+        return Card(media, lines)
+
+
+@dataclass
+class HeldOut:
+    """loader: of the run's last stage; documents: the first of its held-out ones, media as `Modality.load` gives them;
+    files: of each modality, the bytes of their media and the values; decoded: how many media are seen through the
+    tokenizers alone, because the raw shards were not found; wordings: of the first source."""
+
+    loader: PackedLoader
+    documents: list[Document]
+    files: dict[str, list[tuple[bytes, object]]]
+    decoded: int
+    wordings: object
+
+
+def read_held_out(run: Path, settings: dict, tokenizers) -> HeldOut:
+    """Opens a run's held-out samples. Raises UserError when its configuration or its shards cannot be read."""
+    stage = next((name for name in STAGES if name in settings and (run / name).is_dir()), None)
+    if stage is None:
+        raise UserError(f"{run / 'config.toml'} has no language stage whose held-out samples could be asked about")
+    try:
+        sources = TypeAdapter(list[Source]).validate_python(settings[stage].get("sources"))
+        rows = LoaderConfig.model_validate(settings[stage].get("loader", {}))
+    except ValidationError as error:
+        raise invalid(error, f"{run / 'config.toml'}: [{stage}]") from None
+    sources = [source.model_copy(update={name: _placed(run, value) for name in ("path", "valid_path", "wordings")
+                                         if (value := getattr(source, name)) is not None}) for source in sources]
+    loader = PackedLoader(sources, tokenizers, rows, cache_folder=run / "token_cache", instruct=stage == "instruct")
+    samples = _samples(loader.held_out_samples()[:MOST])
+    raw = _raw_documents(run, settings, {(local_name(shard), sample.key) for shard, sample in samples})
+    held = HeldOut(loader, [], defaultdict(list), 0, read_wordings(sources[0].wordings))
+    for shard, sample in samples:
+        try:
+            document = raw.get((local_name(shard), sample.key)) or document_of(sample)
+            opened = document.map_media(lambda name, file: _open(name, file, tokenizers, held))
+            held.documents.append(opened.normalised())
+        except (BadSample, ValueError, *UNDECODABLE):
+            continue  # named when it was encoded, or when the raw shard was
+    return held
+
+
+def _placed(run: Path, path: str) -> str:
+    return path if is_remote(path) else str(run / path)
+
+
+def _samples(places: list[tuple[str, int]]) -> list:
+    """(shard, sample) of these places, in their order."""
+    by_shard, found = defaultdict(list), {}
+    for shard, place in places:
+        by_shard[shard].append(place)
+    for shard, wanted in by_shard.items():
+        with IndexedShard(default_cache().fetch(shard), verify=True, salvage=True, name=shard) as samples:
+            found |= {(shard, place): samples[place] for place in wanted}
+    return [(shard, found[shard, place]) for shard, place in places]
+
+
+def _raw_documents(run: Path, settings: dict, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], Document]:
+    """The documents of these (shard's name, key) as they lie in the raw shards; those that are not there are left
+    out."""
+    found: dict = {}
+    try:
+        shards = list(chain(*(list_sources(_placed(run, path)) for path in settings.get("data", {}).get("shards", ()))))
+    except UserError:
+        return found
+    for shard in shards:
+        keys = {key for name, key in wanted if name == local_name(shard)}
+        for sample in read_source(shard) if keys else ():
+            if sample.key in keys:
+                keys.discard(sample.key)
+                try:
+                    found[local_name(shard), sample.key] = document_of(sample)
+                except BadSample:
+                    pass
+            if not keys:
+                break
+    return found
+
+
+def _open(name: str, file: MediaFile, tokenizers, held: HeldOut):
+    if file.holds_codes:
+        held.decoded += 1
+        return tokenizers.decode_media(name, npy_to_codes(file.content))
+    value = MODALITIES[name].load(file.content)
+    held.files[name].append((file.content, value))
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ the tasks
+
+
+def task_module(model, run: Path, settings: dict) -> TaskModule:
+    """The tasks of a run's own held-out samples. Raises UserError when it has none."""
+    held = read_held_out(run, settings, model.tokenizers)
+    if not held.documents:
+        raise UserError(f"{run} holds no samples out, so there is nothing to evaluate; set `valid` of its sources, or "
+                        "name tasks of your own ([evaluate] tasks)")
+    tasks = [task for name in model.tokenizers.media for task in _captions(held, name)]
+    if answers := _answers(held):
+        used = {part.modality for document in held.documents for part in document.media}
+        tasks.append(HeldOutTask("answers", "text", tuple(sorted(used)), answers, Section("Answers", "Of held-out "
+                                 "conversations, the last turn.")))
+    if not tasks:
+        tasks = [HeldOutTask("texts", "text", (), _beginnings(held), Section("Texts", "Held-out texts, continued from "
+                             "their first half."))]
+
+    class OwnData(OwnDataSession):
+        data, network = held, model.model
+
+    return TaskModule(tuple(tasks), OwnData)
+
+
+def _captions(held: HeldOut, name: str) -> list[Task]:
+    """Media of one modality described, and made from their texts; captions of one medium are references together."""
+    wordings, modality = getattr(held.wordings, name), MODALITIES[name]
+    references: dict[bytes, tuple[object, list[str]]] = {}
+    for document in held.documents:
+        parts = {part.modality: part.content for part in document.segments}
+        if not document.is_conversation and len(document.segments) == 2 and parts.keys() == {name, "text"}:
+            key = modality.to_shard(parts[name])
+            references.setdefault(key, (parts[name], []))[1].append(parts["text"])
+    if not references:
+        return []
+    about = [Item([{"role": "user", "content": [value, wordings.describe[number % len(wordings.describe)]]}], "text",
+                  {"references": texts}) for number, (value, texts) in enumerate(references.values())]
+    requests = [wordings.make[number % len(wordings.make)] for number in range(len(references))]
+    asked = [Item([{"role": "user", "content": [request.replace(CAPTION, texts[0])]}], name,
+                  {name: value, "references": texts})
+             for request, (value, texts) in zip(requests, references.values(), strict=True)]
+    made = (("replies that hold one", lambda answer, value: (float(value is not None), 1)),)
+    return [HeldOutTask(f"describe_{name}", "text", (name,), about, Section(f"Descriptions of {modality.plural}",
+                        "What the model says of held-out ones."), count="captions"),
+            HeldOutTask(f"make_{name}", name, (name,), asked, Section(f"Made from words: {modality.plural}", "From the "
+                        "text of held-out samples, which stand beside them. Nobody judges them: look."), made)]
+
+
+def _answers(held: HeldOut) -> list[Item]:
+    """Conversations that end with the assistant's text."""
+    found = []
+    for document in held.documents:
+        *before, (role, last) = document.turns
+        if role == "assistant" and before and [part.modality for part in last] == ["text"]:
+            messages = [{"role": who, "content": [part.content for part in parts]} for who, parts in before]
+            found.append(Item(messages, "text", {"references": [last[0].content]}))
+    return found
+
+
+def _beginnings(held: HeldOut) -> list[Item]:
+    """Texts, cut in the middle."""
+    texts = [document.segments[0].content for document in held.documents if len(document.segments) == 1]
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    return [Item([{"role": "user", "content": [first]}], "text", {"references": [second]}) for first, second in halves]
+
+
+class OwnDataSession(Session):
+    """data: HeldOut; network: the model's decoder."""
+
+    data: HeldOut
+    network: object
+
+    def reconstructions(self, count: int) -> tuple[list[dict], dict]:
+        """The losses on held-out samples too."""
+        rows, cards = self._losses(), []
+        for name, pairs in self.data.files.items():
+            if name not in self.tokenizers.media:
+                continue
+            scores = []
+            for content, value in pairs[:count]:
+                [decoded] = self.through_tokenizer(name, [value])
+                score = self._psnr(name, content, MODALITIES[name].to_shard(decoded))
+                if score is not None:
+                    scores.append((score, 1))
+                    if len(scores) <= SHOWN:
+                        cards.append(Card([("original", value), ("decoded", decoded)], [("PSNR", f"{score:.1f} dB")]))
+            rows.append(row(f"{name}_reconstruction_psnr", HELD_OUT, "dB of the tokenizer's input, mean", scores))
+        if self.data.decoded:
+            self.notes.append(f"{self.data.decoded:,} held-out media were not found in [data] shards; they are shown "
+                              "as their codes are decoded, and are not among the reconstructions.")
+        return rows, {RECONSTRUCTED: cards}
+
+    def _losses(self) -> list[dict]:
+        device = next(self.network.parameters()).device
+        names, held = self.tokenizers.vocab.modalities, len(self.data.loader.held_out_samples())
+        losses = held_out_losses(NextTokenLoss(self.network, 0.0), self.data.loader.held_out(256), names, "float32",
+                                 device)
+        return [{**row("held_out_loss", HELD_OUT, f"nats a token of {name}", losses[f"valid_loss_{name}"]), "n": held}
+                for name in names if f"valid_loss_{name}" in losses]
+
+    def _psnr(self, name: str, original: bytes, decoded: bytes) -> float | None:
+        """Of what the tokenizer's network sees of two files; the peak is the original's range."""
+        tokenizer = copy.deepcopy(self.tokenizers.media[name])  # a training set may set its statistics
+        one, other = (np.asarray(tokenizer.training_set([content]), np.float64) for content in (original, decoded))
+        n = min(len(one), len(other))
+        if not n:
+            return None
+        error = np.mean((one[:n] - other[:n]) ** 2)
+        return float(min(100.0, 10 * np.log10(max(np.ptp(one), 1e-9) ** 2 / max(error, 1e-12))))
