@@ -19,7 +19,7 @@ from onevocab.data.documents import UNDECODABLE, BadSample, document_of
 from onevocab.data.loader import LoaderConfig, PackedLoader, Source
 from onevocab.data.shards.format import npy_to_codes
 from onevocab.data.shards.index import IndexedShard
-from onevocab.data.shards.remote import default_cache, is_remote, list_sources, local_name, read_source
+from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, local_name, read_source
 from onevocab.data.turns import CAPTION, read_wordings
 from onevocab.evaluation import metrics
 from onevocab.evaluation.metrics import row
@@ -127,7 +127,7 @@ def _samples(places: list[tuple[str, int]]) -> list:
     for shard, place in places:
         by_shard[shard].append(place)
     for shard, wanted in by_shard.items():
-        with IndexedShard(default_cache().fetch(shard), verify=True, salvage=True, name=shard) as samples:
+        with IndexedShard(ShardCache().fetch(shard), verify=True, salvage=True, name=shard) as samples:
             found |= {(shard, place): samples[place] for place in wanted}
     return [(shard, found[shard, place]) for shard, place in places]
 

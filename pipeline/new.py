@@ -23,7 +23,7 @@ from onevocab.common.files import write_atomic
 from onevocab.data.documents import BadSample, document_of, read_media
 from onevocab.data.loader import Batch
 from onevocab.data.shards.index import build_index
-from onevocab.data.shards.remote import default_cache, is_remote, list_sources, read_source
+from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, read_source
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.commented import commented_toml
@@ -62,7 +62,7 @@ def look(shards: list[str]) -> Found:
     """Reads about SURVEYED samples, equally many from the start of each shard. Raises UserError when none is usable."""
     found = Found()
     for shard in shards:
-        found.samples += len(build_index(default_cache().fetch(shard), must_save=False).first) - 1
+        found.samples += len(build_index(ShardCache().fetch(shard), must_save=False).first) - 1
         for sample in islice(read_source(shard), -(-SURVEYED // len(shards))):
             found.read += 1
             try:
