@@ -25,7 +25,8 @@ def walk(options) -> Iterator[tuple[str, list[str]]]:
 
     for start in todo:
         for here, folders, names in os.walk(os.path.join(root, start), onerror=unreadable):
-            place = os.path.relpath(here, root) if here != root else ""
+            place = os.path.relpath(here, root)
+            place = "" if place == os.curdir else place
             about = os.stat(here)
             if (about.st_dev, about.st_ino) in seen:
                 passed[place] = Dropped("linked again", "its folder is read under another name")

@@ -26,7 +26,7 @@ def test_linked_folders(tmp_path):
     report, samples = converted("captions", source, tmp_path / "out")
     assert samples == [plain(png(1), "here"), plain(png(2), "below")]
     assert report.dropped == {"unsafe path": 2, "linked again": 2}
-    assert "train: a link that leads out of the folder; --follow-links" in report.first["unsafe path"][1]
+    assert report.first["unsafe path"][1].startswith("train: a link that leads out of the folder; --follow-links")
     link(tmp_path / "disk" / "back", tmp_path)  # a circle over the outside
     report, samples = converted("captions", source, tmp_path / "followed", follow_links=True)
     assert samples == [plain(png(1), "here"), plain(png(2), "below"), plain(png(0), "linked")]
