@@ -18,7 +18,7 @@ from onevocab.common.checkpoint_files import list_steps, steps_to_use
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
-from onevocab.data.codes import tokenize_in_processes
+from onevocab.data.codes import check_raw, tokenize_in_processes
 from onevocab.data.loader import PackedLoader, Source
 from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import is_remote, list_sources
@@ -116,6 +116,8 @@ class Run:
             raise UserError(f"the shards hold {MODALITIES[unknown[0]].plural} ({shard}); add a section [{unknown[0]}] "
                             "to the configuration, or take these samples out")
         check_sources(self.config, list(self.files))
+        if not distributed.broadcast((self.folder / "text" / "done.json").exists()):
+            self.on_main(lambda: check_raw(self.raw_shards, self.config.data.max_bad_fraction))
         for name in [name for name in self.trained if name not in there]:
             self.trained.remove(name)
             if self.main:

@@ -34,7 +34,7 @@ def media_files(shards: list[str], limit: int, modality: str) -> Iterator[bytes]
     count = 0
     for sample in _samples(shards, limit * 3):
         for ending, content in sample.members.items():
-            if modality_of_ending(ending) == modality:
+            if modality_of_ending(ending) == modality and not sample.refused:
                 yield content
                 count += 1
         if count >= limit:
