@@ -10,8 +10,6 @@ from onevocab.common.errors import UserError, cli, invalid
 from onevocab.common.files import check_writable
 from onevocab.common.paths import path_argument
 
-DEMO_TASKS = "onevocab.demo.tasks"
-
 
 def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = False) -> dict:
     """Evaluates a run folder; writes RUN/report. Returns the report. Raises UserError, before anything is asked, when
@@ -24,7 +22,7 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     from onevocab.common import provenance
     from onevocab.evaluation import report as pages
     from onevocab.evaluation import suite
-    from onevocab.evaluation.config import EvaluateConfig
+    from onevocab.evaluation.config import DEMO_TASKS, EvaluateConfig
     from onevocab.evaluation.evaluator import Evaluator
     from onevocab.evaluation.own_data import task_module
     from onevocab.generation import AnyToAny

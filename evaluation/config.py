@@ -4,6 +4,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onevocab.tokenizers.modalities import MODALITIES
 
+DEMO_TASKS = "onevocab.demo.tasks"
+
 Temperatures = create_model("Temperatures", __config__=ConfigDict(frozen=True, extra="forbid"), **{
     name: (float, Field(0.0 if name == "text" else 0.7, ge=0, description=f"temperature of {name}"))
     for name in ("text", *MODALITIES)})

@@ -62,7 +62,8 @@ def check_settings(config: RunConfig, world: int, begins_anew: bool) -> None:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb = {config.wandb!r}, but the package wandb is not installed: pip install wandb, or "
                         "leave the key out")
-    _check_tasks(config.evaluate.tasks)
+    if config.evaluate.tasks:
+        _check_tasks(config.evaluate.tasks)
 
 
 def _check_tasks(name: str) -> None:

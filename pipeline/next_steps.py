@@ -2,6 +2,7 @@
 
 import shlex
 
+from onevocab.evaluation.config import DEMO_TASKS
 from onevocab.pipeline.config import RunConfig
 from onevocab.tasks import load_tasks
 from onevocab.tokenizers.modalities import MODALITIES
@@ -20,8 +21,6 @@ def next_steps(config: RunConfig, media: list[str]) -> list[str]:
 
 
 def _can_be_asked(config: RunConfig, media: list[str]) -> bool:
-    """Whether the evaluation has something to ask: the demo's own tasks are about the demo's data alone."""
-    name = config.evaluate.tasks
-    if name == type(config.evaluate).model_fields["tasks"].default and config.data.demo is None:
-        return False
-    return any(task.metrics and set(task.media) <= set(media) for task in load_tasks(name).tasks)
+    """Whether the evaluation has something to ask: without tasks of its own, the run's shards are asked about."""
+    name = config.evaluate.tasks or (DEMO_TASKS if config.data.demo else None)
+    return name is None or any(task.metrics and set(task.media) <= set(media) for task in load_tasks(name).tasks)
