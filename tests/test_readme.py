@@ -114,6 +114,28 @@ def check_own_data(words, folder):
     assert out.is_file() or list(out.glob("*.tar"))
 
 
+def check_new(words, folder):
+    """Of the README's pets, for a minute; the way from there to an answer is tests/test_data_guide.py's."""
+    check_own_data(shlex.split("python -m onevocab.data.convert captions pets --out shards/pets"), folder)
+    written = folder / words[words.index("--new") + 1]
+    written.unlink(missing_ok=True)
+    run_command([*words, "--minutes", "1"], cwd=folder, env=environment())
+    assert "[image]" in written.read_text()
+
+
+def check_new_trains(words, folder):
+    check_new(shlex.split("python train.py --new pets.toml --shards shards/pets"), folder)
+    assert "parameters" in run_command(["python", *words[1:], "--plan"], cwd=folder, env=environment())
+
+
+def check_pets(words, folder):
+    run = folder / "runs" / "pets"
+    if not run.exists():
+        run.symlink_to((folder / "runs" / "demo").resolve())
+    check_own_data(shlex.split("python -m onevocab.data.convert captions pets --out shards/pets"), folder)
+    check_as_it_stands(words, folder)
+
+
 def check_plan(words, folder):
     assert "parameters" in run_command(words, cwd=ROOT, env=environment())
 
@@ -131,7 +153,10 @@ RUNNERS = [
     (r"(python -m )?pip install ", check_pip),
     (r"torchrun .*train\.py configs/", check_torchrun),
     (r"python train\.py configs/\w+\.toml --plan", check_plan),
+    (r"python train\.py --new ", check_new),
+    (r"torchrun train\.py pets\.toml", check_new_trains),
     (r"python sample\.py runs/demo", check_as_it_stands),
+    (r"python sample\.py runs/pets", check_pets),
     (r"python -m onevocab\.evaluation runs/demo", check_evaluation),
     (r"python -m onevocab\.data\.(convert|inspect)", check_own_data),
     (r"python -m benchmarks\.", check_help),
@@ -151,7 +176,8 @@ def test_command(command, request):
     runner = runner_of(command)
     if runner is None:
         return
-    needs_run = runner in (check_torchrun, check_as_it_stands, check_evaluation, check_own_data)
+    needs_run = runner in (check_torchrun, check_as_it_stands, check_evaluation, check_own_data, check_new,
+                            check_new_trains, check_pets)
     runner(shlex.split(command), request.getfixturevalue("folder") if needs_run else ROOT)
 
 
