@@ -18,7 +18,7 @@ from onevocab.training.faults import Stopped
 @cli
 def main() -> None:
     arguments = sys.argv[1:]
-    if arguments[:1] == ["--new"]:
+    if any(word.partition("=")[0] == "--new" for word in arguments):
         new_configuration(arguments)
         return
     if not arguments or arguments[0].startswith("-"):
