@@ -23,8 +23,8 @@ def main() -> None:
     if path in ("-h", "--help"):
         print(f"{__doc__}\n`train.py CONFIG --help` lists all settings.")
         return
-    if path == "--new":
-        new_configuration(sys.argv[1:])
+    if any(word.partition("=")[0] == "--new" for word in (path, *words)):
+        new_configuration([path, *words])
         return
     if not path or path.startswith("-"):
         raise UserError("which configuration? For example: torchrun train.py configs/demo.toml")
