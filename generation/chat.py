@@ -174,8 +174,9 @@ class Chat:
         want, limit = self.options["want"], self.options["max_new_tokens"]
         fitted = fit(self.model, [*self.messages, {"role": "user", "content": content}], want, limit)
         if fitted.dropped:
-            say(f"(the context of {self.model.context_length} tokens is nearly full: the oldest {fitted.dropped} "
-                "of the messages are dropped, with their files and answers; /reset forgets all)")
+            oldest = "oldest message is" if fitted.dropped == 1 else f"{fitted.dropped} oldest messages are"
+            say(f"(the context of {self.model.context_length} tokens is nearly full: the {oldest} dropped, files and "
+                "answers included; /reset forgets all)")
         if fitted.left < fitted.reserved:
             say(f"(the message takes {fitted.prompt_tokens} of the context's {self.model.context_length} tokens: "
                 f"the answer may be cut after {fitted.left})")

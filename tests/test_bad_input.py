@@ -191,6 +191,12 @@ def test_chat_survives_mistakes(run, tmp_path, monkeypatch, capsys):
     assert all(f"[{tmp_path / f'image-{n}.png'}]" in out for n in (0, 1))
 
 
+def test_the_chat_sets_options_as_the_flags_do():
+    assert sample.option("top_k", "5") == 5 and sample.option("guidance", "image=2") == {"image": 2.0}
+    with pytest.raises(UserError, match="--temperature"):
+        sample.option("temperature", "warm")
+
+
 def test_as_a_command(tmp_path):
     command = [sys.executable, "sample.py", tmp_path / "none", "--text", "a"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True,

@@ -20,7 +20,8 @@ PICTURE = (4, 4)  # codes
 
 class FakeModel:
     """A word is a token; a picture takes 20, a sound 12. "slow" is answered word by word, for ever; "draw" with a
-    picture, "wait" not at all, "cut" with an answer that the limit ended; anything else is repeated."""
+    picture, after which "draw on" goes on for ever; "wait" not at all, "cut" with an answer that the limit ended, "esc"
+    with an order to the terminal; anything else is repeated."""
 
     def __init__(self, context_length: int = 100):
         layouts = [{"name": "image", "sizes": 8, "codes": 16, "rows": 0},
@@ -56,16 +57,17 @@ class FakeModel:
         segments = [Segment("text", word)]
         if word == "wait":
             time.sleep(60)
-        elif word == "draw":
+        elif word in ("draw", "draw on"):
             segments = [Segment("image", np.ones(PICTURE, np.int64))]
             picture = Image.new("RGB", (16, 16), "red")
             yield SimpleNamespace(kind="image", value=picture, codes=segments[0].content)
+            time.sleep(60 * (word == "draw on"))
         elif word == "slow":
             for number in range(1000):
                 yield SimpleNamespace(kind="text", value=f"word{number} ")
                 time.sleep(0.02)
         else:
-            yield SimpleNamespace(kind="text", value=word)
+            yield SimpleNamespace(kind="text", value="\x1b]0;mine\x07" if word == "esc" else word)
         yield SimpleNamespace(kind="reply", value=SimpleNamespace(
             segments=segments, ids=[1] * 3, prompt_tokens=self.count_tokens(prompt),
             finish_reason="length" if word == "cut" else "stop"))

@@ -107,7 +107,8 @@ def test_a_full_context_drops_the_oldest_and_says_so(talk):
     assert asked[2] == ["w0", "w0", "w1", "w1", "w2"] and asked[3] == ["w1", "w1", "w2", "w2", "w3"]
     assert [messages[0]["role"] for messages in chat.model.asked] == ["user"] * 7
     lines = err.splitlines()
-    assert lines[0].startswith("(the context of 100 tokens is nearly full: the oldest 1 ") and "/reset" in lines[0]
+    assert lines[0] == ("(the context of 100 tokens is nearly full: the oldest message is dropped, files and answers "
+                        "included; /reset forgets all)")
     assert asked[-1] == ["a"] and "the answer may be cut after 6)" in lines[-2]
     assert lines[-1].startswith("error: the context is full: this message alone takes 124 of 100")
     assert said(chat.messages[0])[0].startswith("a ")  # the refused message dropped nothing
@@ -207,13 +208,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(terminal):
     term.until("wait\r\n")
     term.interrupt("(stopped before anything was said; the message is dropped)")
     term.until("> ")
+    term.type("draw on\r")
+    term.until("image-0.png]")
+    term.interrupt("(stopped; what was said is kept)")
+    term.until("> ")
     term.type("hello\r")
     term.until("\nhello\r\n")
     term.until("> ")
     term.type("\x04")  # Ctrl-D
     code, messages = term.end()
-    assert code == 0 and [role for role, _ in messages] == ["user", "assistant"] * 2
-    assert "".join(messages[1][1]).startswith("word0 word1 word2 word3 ") and messages[2][1] == ["hello"]
+    assert code == 0 and [role for role, _ in messages] == ["user", "assistant"] * 3
+    assert "".join(messages[1][1]).startswith("word0 word1 word2 word3 ") and messages[4][1] == ["hello"]
+    assert messages[2:4] == [["user", ["draw on"]], ["assistant", ["image"]]]
 
 
 @pytest.mark.parametrize("before", ["", "half a line", "slow\r"])
@@ -225,6 +231,7 @@ def test_a_second_ctrl_c_ends_the_chat(terminal, before):
     term.until("> ")
     term.interrupt("\n[")
     code, messages = term.end(begun=True)
+    assert ("ends the chat)" in term.output) == (before != "slow\r")  # it was the second one already
     assert code == 0 and len(messages) == (2 if before == "slow\r" else 0)
 
 
@@ -278,6 +285,20 @@ def test_pictures_are_shown_where_the_terminal_can(terminal, environment, drawn)
     assert "▀" not in term.output[before:] and "\x1b_G" not in term.output[before:]
     term.type("\x04")
     assert term.end() == (0, [["user", ["draw"]], ["assistant", ["image"]]] * 2)
+
+
+def test_a_pipe_gets_no_pictures_and_what_the_model_says_as_it_is(tmp_path):
+    command = [sys.executable, Path(__file__).parent / "chatting.py", tmp_path]
+    done = subprocess.run(command, input=b"draw\n\x1b[31mred\n", capture_output=True, cwd=ROOT,
+                          env=os.environ | {"COLORTERM": "truecolor", "TERM": "xterm-kitty"})
+    assert done.stdout.startswith(f"[{tmp_path / 'image-0.png'}]\n\x1b[31mred\n[".encode()) and done.stderr == b""
+
+
+def test_a_terminal_obeys_no_control_characters_of_the_model(terminal):
+    term = terminal()
+    term.type("esc\r")
+    term.until("]0;mine\N{REPLACEMENT CHARACTER}")
+    assert "\x1b]0;" not in term.output
 
 
 def test_ctrl_c_without_a_terminal_is_one_line(tmp_path):

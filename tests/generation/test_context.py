@@ -55,6 +55,12 @@ def test_the_newest_message_stays_or_is_refused(model):
     assert fit(model, "hello").dropped == fit(model, [picture(1), "hello"]).dropped == 0  # a prompt of any form
 
 
+def test_a_pretrained_model_drops_the_oldest_too(model):
+    plain = AnyToAny(model.model, model.tokenizers, plain=True)
+    fitted = fit(plain, turns("1" * 80, "2" * 30, "3" * 20), "text", 40)
+    assert fitted.dropped == 1 and fitted.prompt_tokens == 1 + len("brief") + 20
+
+
 def test_the_reserve_is_a_quarter_of_the_context_or_a_picture():
     model = FakeModel(context_length=400)
     assert [reserve(model, want) for want in ("any", "text", "image", "audio")] == [64, 64, 20, 40]
@@ -149,6 +155,7 @@ def test_completions(tmp_path, monkeypatch):
     commands = ("/image", "/want")
     assert completions("/wa", commands) == ["/want"] and completions("a message a", commands) == []
     assert completions("/image a", commands) == ["/image a\\ \\(folder\\)/", "/image a\\ cat.png", "/image a\\ dog.wav"]
+    assert completions("/image ", commands) == completions("/image a", commands)  # no hidden ones
     assert completions("/image a\\ c", commands) == ["/image a\\ cat.png"]
     assert completions("~/a\\ d", commands) == ["~/a\\ dog.wav"] and completions("/want a", commands) == []
     assert completions("/image .h", commands) == ["/image .hidden.png"] and completions("/image none/", commands) == []
