@@ -10,7 +10,10 @@ import argparse
 from pathlib import Path
 
 from onevocab.common.errors import UserError, cli
-from onevocab.generation.chat import chat, load_part, write_new
+from onevocab.generation.chat import Chat, say
+from onevocab.generation.context import why_cut
+from onevocab.generation.files import load_part, write_new
+from onevocab.generation.terminal import printable, show, way_to_show
 from onevocab.tokenizers.modalities import MODALITIES
 
 
@@ -62,10 +65,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=1, help="answers, from seeds SEED, SEED + 1, ...")
     parser.add_argument("--stage", default=None, help="instruct or pretrain (default: the newest there is)")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda where there is one)")
+    parser.add_argument("--no-show", action="store_true", default=False, help="no pictures in the terminal")
     parser.add_argument("--chat", action="store_true", default=False, help="many turns; type /help")
     arguments = parser.parse_args(argv)
     arguments.parts = getattr(arguments, "parts", [])
     return arguments
+
+
+def option(name: str, value: str):
+    """What --NAME VALUE means. Raises UserError as the flag does."""
+    return getattr(parse(["", f"--{name.replace('_', '-')}={value}"]), name)
 
 
 @cli
@@ -84,14 +93,18 @@ def main(argv: list[str] | None = None) -> None:
     names = ("want", "temperature", "top_k", "top_p", "seed", "guidance", "max_new_tokens")
     options = {name: getattr(arguments, name) for name in names}
     model = AnyToAny.load(arguments.run, arguments.stage, arguments.device)
+    way = None if arguments.no_show else way_to_show()
     if arguments.chat:
-        return chat(model, parts, out, options)
+        return Chat(model, out, options, option, way).run(parts)
     for reply in model.generate_batch([parts] * arguments.count, **options):
         if reply.text:
-            print(reply.text)
+            print(printable(reply.text))
         for name, values in reply.media.items():
             for value in values:
                 print(write_new(out, name, value))
+                print(show(name, value, way), end="")
+        if reply.finish_reason == "length":
+            say(f"note: {why_cut(model, reply, arguments.want, arguments.max_new_tokens)}")
 
 
 if __name__ == "__main__":

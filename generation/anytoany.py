@@ -32,13 +32,16 @@ LONGEST_TEXT = 512  # new tokens when nobody says otherwise
 class Reply:
     """text: str, "" if none; media: modality -> its values, in order; ids: the new token ids, the end of
     the turn included; segments: the parts in order, media as codes: they can go into the next turn as they
-    are.
+    are; finish_reason: "stop" where the model ended it, "length" where max_new_tokens or the context did;
+    prompt_tokens: how many ids were asked with.
     """
 
     text: str = ""
     media: dict[str, list] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
 
     @property
     def images(self) -> list[Image.Image]:
@@ -54,10 +57,11 @@ class Reply:
 class Event:
     """A piece of a streamed reply. kind: "text" (str), the name of a modality (its value, whole: a PIL
     image, a (samples, rate) pair), that name with "_codes" (of an open span, a sound: int array [columns,
-    rows], as they come), "reply" (Reply, the last event)."""
+    rows], as they come), "reply" (Reply, the last event). codes: of a whole medium, for the next turn."""
 
     kind: str
     value: object
+    codes: np.ndarray | None = None
 
 
 class AnyToAny:
@@ -143,7 +147,7 @@ class AnyToAny:
         ids = []
         for start in range(0, len(requests), rows):
             ids += engine.generate(self.model, requests[start : start + rows], sampling)
-        return self._replies(ids)
+        return self._replies(ids, requests)
 
     def stream(self, prompt, want: str = "any", temperature: ByModality = None, top_k: int | None = None,
                top_p: float | None = None, seed: int = 0, guidance: ByModality = None,
@@ -160,7 +164,7 @@ class AnyToAny:
                 ids.append(id)
                 if span is not None and id == span.end:
                     codes = span.unwrap(np.array(ids[start:]))
-                    yield Event(span.name, self.tokenizers.decode_media(span.name, codes))
+                    yield Event(span.name, self.tokenizers.decode_media(span.name, codes), codes)
                     span, start, shown = None, len(ids), 0
                 elif span is not None and not span.sized:
                     if (len(ids) - start - 1) % span.rows == 0:
@@ -180,16 +184,40 @@ class AnyToAny:
             text = self.tokenizers.text.decode(ids[start:])
             if text[shown:]:
                 yield Event("text", text[shown:])
-        yield Event("reply", self._replies([ids])[0])
+        yield Event("reply", self._replies([ids], requests)[0])
+
+    # What frontends ask before they ask for a reply.
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its reply have together."""
+        return self.model.config.max_length
+
+    def encode(self, prompt) -> list[dict]:
+        """A prompt as messages whose media are codes, so that what is sent again and again is encoded once."""
+        return [{"role": role, "content": list(self._documents([parts])[0].segments)}
+                for role, parts in _messages(prompt)]
+
+    def count_tokens(self, prompt) -> int:
+        """The ids that a prompt takes, the opening of the reply included."""
+        return len(self._encode(self._documents([prompt])[0]))
+
+    def longest_reply(self, want: str = "any") -> int:
+        """New tokens allowed when the user sets no limit."""
+        longest = {"text": LONGEST_TEXT}
+        for name, media in self.tokenizers.media.items():
+            span = self.vocab.spans[name]
+            longest[name] = span.tokens(media.max_grid)
+        return longest.get(want, max(longest.values()))
 
     # From prompts to requests.
 
     def _requests(self, prompts: list, want: str, guided: bool,
                   max_new_tokens: int | None) -> list[engine.Request]:
         documents = self._documents(prompts)
-        limit, requests = self.model.config.max_length, []
+        limit, requests = self.context_length, []
         if max_new_tokens is None:
-            max_new_tokens = self._longest(want)
+            max_new_tokens = self.longest_reply(want)
         elif max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         for row, document in enumerate(documents):
@@ -206,14 +234,6 @@ class AnyToAny:
                 raise UserError(f"{error} ({used})") from None
             requests.append(engine.Request(ids, grammar, row, empty))
         return requests
-
-    def _longest(self, want: str) -> int:
-        """New tokens allowed when the user sets no limit."""
-        longest = {"text": LONGEST_TEXT}
-        for name, media in self.tokenizers.media.items():
-            span = self.vocab.spans[name]
-            longest[name] = span.tokens(media.max_grid)
-        return longest.get(want, max(longest.values()))
 
     def _encode(self, document: Document) -> np.ndarray:
         if self.plain:
@@ -241,12 +261,14 @@ class AnyToAny:
 
     # From ids to replies.
 
-    def _replies(self, all_ids: list[list[int]]) -> list[Reply]:
+    def _replies(self, all_ids: list[list[int]], requests: list[engine.Request]) -> list[Reply]:
         replies = []
         ends = (self.vocab.end_of_turn, self.vocab.end_of_document)
-        for ids in all_ids:
+        for ids, request in zip(all_ids, requests, strict=True):
             parts = self.tokenizers.decode_turn(ids[:-1] if ids and ids[-1] in ends else ids)
-            replies.append(Reply(ids=ids, segments=[Segment(*part, role="assistant") for part in parts]))
+            replies.append(Reply(ids=ids, segments=[Segment(*part, role="assistant") for part in parts],
+                                 finish_reason="length" if request.grammar.cut else "stop",
+                                 prompt_tokens=len(request.prompt)))
         for name, media in self.tokenizers.media.items():
             wanted = [(reply, part.content) for reply in replies for part in reply.segments
                       if part.modality == name]

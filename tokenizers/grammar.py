@@ -24,7 +24,7 @@ class Grammar:
 
     legal: ranges of ids for the next one, never empty before `done`. run: how many of the next ids share this
     `legal`, so that a sampler may take them without asking. modality: the medium of the open span, or "text".
-    done: the reply is whole.
+    done: the reply is whole. cut: the budget ended it, or a sound in it, not the model.
     Raises UserError on an unknown `want`, or when what is wanted cannot fit the budget.
     """
 
@@ -53,7 +53,7 @@ class Grammar:
         if budget < needed:
             raise UserError(f"no room for {want!r}: it takes at least {needed} more tokens and "
                             f"{max(budget, 0)} are left; shorten the prompt or raise the limit on new tokens")
-        self.done = False
+        self.done = self.cut = False
         self.modality = "text"
         self._between()
 
@@ -71,6 +71,7 @@ class Grammar:
         """Outside any span: text, the start of a span that fits, or the end."""
         self.modality, self._span = "text", None
         if self.left <= 0:
+            self.cut = True
             self._finish()
             return
         ranges = [range(span.begin, span.begin + 1) for span in self.vocab.ranges
@@ -97,6 +98,7 @@ class Grammar:
             elif self.left > span.rows:  # another column and the end fit
                 self._set(codes, end)
             else:
+                self.cut = True
                 self._set(end)
         elif len(self._sides) < 2:
             fits = {grid[len(self._sides)] for grid in self._grids[span.name]
