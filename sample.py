@@ -9,17 +9,14 @@
 import argparse
 from pathlib import Path
 
+from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError, cli
+from onevocab.common.paths import path_argument
 from onevocab.generation.chat import Chat, say
 from onevocab.generation.context import why_cut
 from onevocab.generation.files import load_part, write_new
 from onevocab.generation.terminal import printable, show, way_to_show
 from onevocab.tokenizers.modalities import MODALITIES
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see python sample.py --help")
 
 
 def _numbers(*names: str):
@@ -45,14 +42,14 @@ class _Part(argparse.Action):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="sample.py", description=__doc__, argument_default=argparse.SUPPRESS,
+    parser = Parser(prog="python sample.py", description=__doc__, argument_default=argparse.SUPPRESS,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run folder, for example runs/demo")
+    parser.add_argument("run", type=path_argument, help="a run folder, for example runs/demo")
     for kind in ("text", *MODALITIES):
         parser.add_argument(f"--{kind}", action=_Part, metavar="TEXT" if kind == "text" else "FILE",
                             help=f"a piece of the prompt: {kind}; may be repeated, the order counts")
     parser.add_argument("--want", default="any", help=f"any (default), text, {', '.join(MODALITIES)}")
-    parser.add_argument("--out", default=".", metavar="DIR", help="for media (default: .)")
+    parser.add_argument("--out", type=path_argument, default=Path("."), metavar="DIR", help="for media (default: .)")
     usual = "(default: the run's generation.json, else"
     parser.add_argument("--temperature", type=_numbers("text", *MODALITIES), default=None, metavar="T or NAME=T,...",
                         help=f"0: the likeliest; 1: as the model is {usual} 1)")
@@ -80,7 +77,7 @@ def option(name: str, value: str):
 @cli
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    out = Path(arguments.out)
+    out = arguments.out
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is not a folder; choose another")
     if not arguments.parts and not arguments.chat:

@@ -37,6 +37,8 @@ def cli(main):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not one that a caller put in its place
                 stream.reconfigure(errors="backslashreplace")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         try:
             return main(*args, **kwargs)
         except UserError as error:

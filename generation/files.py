@@ -8,12 +8,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from onevocab.common.errors import UserError
+from onevocab.common.paths import path_argument
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_path
 
 
 def load_part(kind: str, value: str):
     """What --KIND VALUE says. Raises UserError when the file is missing or cannot be read."""
-    return value if kind == "text" else MODALITIES[kind].load(Path(value))
+    return value if kind == "text" else MODALITIES[kind].load(path_argument(value))
 
 
 def write_new(folder: Path, kind: str, value) -> Path:
