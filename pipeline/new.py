@@ -251,7 +251,7 @@ def new_configuration(words: list[str]) -> None:
     parser.add_argument("--new", type=Path, required=True, metavar="MY.toml", help="the file to write")
     parser.add_argument("--shards", nargs="+", required=True, help="raw shards: folders, globs, files or addresses")
     parser.add_argument("--folder", help="where the run will live (default: runs/ and the file's name)")
-    parser.add_argument("--minutes", type=float, default=15.0, help="time that the training may take (default: 15)")
+    parser.add_argument("--minutes", type=float, default=12.0, help="time that the training may take (default: 12)")
     given = parser.parse_args(words)
     if given.new.exists():
         raise UserError(f"{given.new} exists already: choose another name, or remove it")
