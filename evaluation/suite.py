@@ -124,9 +124,13 @@ def chosen_answers(run: Evaluator) -> None:
     """Whether the model, asked without `want`, answers with what was asked for and nothing else: rows for each medium,
     in seen and in held-out wordings, and one for the wording that fares worst."""
     asked: list[tuple[Task, str, str, list]] = []  # task, split, wording, prompt
+    kinds: list[Wordings] = []
     for task in measured(run):
-        if task.reworded and run.answered.get(task.name):
+        if run.answered.get(task.name):
             for kind in task.wordings:
+                if any(kind is other for other in kinds):
+                    continue  # as another task asks
+                kinds.append(kind)
                 for wording in kind:
                     split = HELD_OUT_WORDINGS if wording in kind.of(HELD_OUT) else SEEN_WORDINGS
                     asked += [(task, split, wording, prompt) for prompt in _prompts(run, task, kind, wording)]

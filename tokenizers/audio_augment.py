@@ -13,7 +13,7 @@ class AudioAugment(BaseModel):
                                "altered before they are encoded for training")
     speed: float = Field(0.08, ge=0, lt=0.5, description="at most this share faster or slower (pitch moves along)")
     room: float = Field(0.35, ge=0, le=3, description="longest reverberation, seconds until it has fallen by 60 dB")
-    noise: tuple[float, float] = Field((10.0, 45.0), description="noise that is added: lowest and highest "
+    noise: tuple[float, float] = Field((8.0, 40.0), description="noise that is added: lowest and highest "
                                        "signal-to-noise ratio, dB")
     silence: float = Field(0.25, ge=0, le=10, description="longest silence before and after, seconds; noise may "
                            "fill it")
@@ -21,14 +21,17 @@ class AudioAugment(BaseModel):
 
 
 def augment(samples: np.ndarray, rate: int, config: AudioAugment, rng: np.random.Generator,
-            longest: float) -> np.ndarray:
-    """float32 (n,) -> float32 (m,), at most `longest` seconds unless the sound lasts longer itself.
+            longest: float | None = None) -> np.ndarray:
+    """float32 (n,) -> float32 (m,), at most `longest` seconds unless the sound lasts longer itself; None: everything
+    stays in its place, so neither speed nor silence changes.
 
     Speed as in Ko et al. 2015 (resampled), rooms as noise that decays exponentially, behind the sound itself
-    (Ko et al. 2017 simulate them in full), noise of a random colour.
+    (Ko et al. 2017 simulate them in full), noise of a random colour in a random band.
     """
-    most = max(len(samples), int(longest * rate))
+    most = max(len(samples), int((longest or 0) * rate))
     speed, room, silent, noisy, loud = rng.random(5) < 0.5
+    if longest is None:
+        speed = silent = False
     if speed:
         factor = 1 + rng.uniform(-config.speed, config.speed)
         count = min(most, max(1, round(len(samples) / factor)))
@@ -40,7 +43,8 @@ def augment(samples: np.ndarray, rate: int, config: AudioAugment, rng: np.random
         samples = np.pad(samples, tuple(int(rng.uniform(0, left) * rate) for _ in range(2)))
     if noisy:
         signal = float(np.sqrt(np.mean(samples**2)))
-        samples = samples + _noise(len(samples), rng) * np.float32(signal * 10 ** (-rng.uniform(*config.noise) / 20))
+        ratio = 10 ** (-rng.uniform(*config.noise) / 20)
+        samples = samples + _noise(len(samples), rate, rng) * np.float32(signal * ratio)
     if loud:
         peak = max(float(np.abs(samples).max()), 1e-9)
         samples = np.clip(samples / np.float32(peak) * np.float32(10 ** (rng.uniform(0, config.gain) / 20)), -1, 1)
@@ -59,10 +63,14 @@ def _reverberated(samples: np.ndarray, rate: int, config: AudioAugment, rng: np.
     return np.fft.irfft(spectrum, size)[: len(samples)].astype(np.float32)
 
 
-def _noise(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of RMS 1 whose power falls, or rises, with the frequency: f^-1 to f^1."""
+def _noise(count: int, rate: int, rng: np.random.Generator) -> np.ndarray:
+    """Gaussian noise of RMS 1 whose power falls, or rises, with the frequency (f^-1 to f^1), every other time in a band
+    alone: from 20 to 1,000 Hz up to 1,500 Hz or more."""
     spectrum = np.fft.rfft(rng.standard_normal(count))
-    frequency = np.arange(len(spectrum))
-    frequency[0] = 1
-    noise = np.fft.irfft(spectrum * frequency ** rng.uniform(-0.5, 0.5), count)
+    frequency = np.maximum(np.fft.rfftfreq(count, 1 / rate), 1.0)
+    spectrum *= frequency ** rng.uniform(-0.5, 0.5)
+    if rng.random() < 0.5:
+        low, high = np.exp(rng.uniform(np.log(20), np.log(1000))), np.exp(rng.uniform(np.log(1500), np.log(rate / 2)))
+        spectrum[(frequency < low) | (frequency > high)] = 0
+    noise = np.fft.irfft(spectrum, count)
     return (noise / max(float(np.sqrt(np.mean(noise**2))), 1e-9)).astype(np.float32)

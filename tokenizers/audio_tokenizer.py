@@ -1,5 +1,6 @@
 """Sounds <-> columns of codes: log-mel spectrogram, grid of codes, and back through Griffin-Lim."""
 
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -115,9 +116,10 @@ class AudioTokenizer(GridAutoencoder):
         return int(self.config.max_seconds * self.columns_per_second), self.config.rows
 
     def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
-        """Files -> log-mel pieces of `clip_seconds`, float (n, 1, mels, frames), whose mean and deviation then
-        standardise every sound. Equal files count once, unreadable ones are left out; short sounds are padded with
-        silence, of long ones each piece is taken."""
+        """Files -> log-mel pieces of `clip_seconds`, float (n, 2, mels, frames): as they are heard, altered for a share
+        of them as [audio.augment] says, so that equal words get equal codes through noise; and as they are. The mean
+        and deviation of the latter then standardise every sound. Equal files count once, unreadable ones are left out;
+        short sounds are padded with silence, of long ones each piece is taken."""
         columns = max(1, round(self.config.clip_seconds * RATE / HOP / self.config.column_frames))
         length, pieces = columns * self.config.column_frames * HOP, []
         for content in dict.fromkeys(files):
@@ -125,16 +127,24 @@ class AudioTokenizer(GridAutoencoder):
                 samples = self.read(content)
                 for start in range(0, len(samples), length):
                     piece = samples[start : start + length]
-                    pieces.append(self.log_mel(np.pad(piece, (0, length - len(piece)))))
+                    heard = self._altered_in_place(piece, np.random.default_rng([zlib.crc32(content), start]))
+                    pieces.append(torch.cat([self.log_mel(np.pad(one, (0, length - len(piece))))
+                                             for one in (heard, piece)]))
         if not pieces:
             return torch.empty(0)
         mels = torch.stack(pieces).clone()
-        self.mean.fill_(mels.mean())
-        self.deviation.fill_(mels.std())
+        self.mean.fill_(mels[:, 1].mean())
+        self.deviation.fill_(mels[:, 1].std())
         return mels
 
+    def _altered_in_place(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A prepared sound as `augmented` may alter it, of the same length and in the same places."""
+        if rng.random() >= self.config.augment.probability:
+            return samples
+        return sound.prepare(augment(samples, RATE, self.config.augment, rng), RATE, self.config.loudness, trim=False)
+
     def batch(self, mels: torch.Tensor) -> torch.Tensor:
-        """Log-mels (B, 1, mels, frames), standardised."""
+        """Log-mels (B, 2, mels, frames), standardised."""
         return self.standardise(mels)
 
     def standardise(self, mel: torch.Tensor) -> torch.Tensor:

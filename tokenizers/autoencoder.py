@@ -94,8 +94,9 @@ class GridAutoencoder(nn.Module):
         return source
 
     def latents(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, h, w, dim), before the quantizer."""
-        return rearrange(self.encoder(x.contiguous(memory_format=torch.channels_last)), "b c h w -> b h w c").float()
+        """(B, channels or more, H, W) -> (B, h, w, dim), before the quantizer."""
+        x = x[:, : self.channels].contiguous(memory_format=torch.channels_last)
+        return rearrange(self.encoder(x), "b c h w -> b h w c").float()
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """(B, h, w, dim) -> (B, channels, H, W)"""
@@ -117,14 +118,15 @@ class GridAutoencoder(nn.Module):
         return self.reconstruct(self.quantizer.decode(places))
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch (B, channels, H, W) and what to log. quantize=False trains a plain autoencoder, from whose
-        latents k-means then starts the codebook."""
+        """Loss of a batch (B, channels, H, W), or (B, 2 * channels, H, W) where the second half is to be made from the
+        first (a denoising autoencoder, Vincent et al. 2008), and what to log. quantize=False trains a plain
+        autoencoder, from whose latents k-means then starts the codebook."""
         latents = self.latents(x)
         if quantize:
             latents, codes, commitment = self.quantizer.quantize(latents)
         else:
             latents, commitment = self.quantizer.bypass(latents), latents.new_zeros(())
-        error = self.reconstruct(latents) - x
+        error = self.reconstruct(latents) - x[:, -self.channels :]
         mse, mae = error.square().mean(), error.abs().mean()
         logs = {"mse": mse.detach()}
         if quantize:

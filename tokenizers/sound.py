@@ -72,7 +72,8 @@ def levels(samples: np.ndarray, rate: int) -> np.ndarray:
 def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = True) -> np.ndarray:
     """float32 (n,) -> float32 (m,): silence at both ends cut to `MARGIN` seconds, or filled up to it, and the loudness
     brought to `LOUDNESS`. A sound without anything in it is left as it is."""
-    level = levels(samples, rate)
+    edge = round(FRAME * rate) if trim else 0  # a sound that begins at once has windows that begin before it
+    level = levels(np.pad(samples, edge), rate)
     loudest = float(level.max())
     if loudest < QUIETEST:
         return samples
@@ -80,7 +81,7 @@ def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = 
         heard = level[level > loudest * 10 ** (-SOUNDING / 20)]
         samples = samples * np.float32(10 ** (LOUDNESS / 20) / np.sqrt(np.mean(heard**2)))
     if trim:
-        first, last = np.flatnonzero(level > loudest * 10 ** (-SILENT / 20))[[0, -1]]
+        first, last = np.flatnonzero(level > loudest * 10 ** (-SILENT / 20))[[0, -1]] - edge
         margin = round(MARGIN * rate)
         start, stop = first - margin, last + 1 + margin
         samples = np.pad(samples[max(0, start) : stop], (max(0, -start), max(0, stop - len(samples))))

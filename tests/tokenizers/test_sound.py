@@ -10,7 +10,7 @@ import torch
 from onevocab.common.errors import UserError
 from onevocab.tokenizers.audio_augment import AudioAugment, augment
 from onevocab.tokenizers.audio_tokenizer import AudioConfig, AudioTokenizer
-from onevocab.tokenizers.media import RATE, load_audio
+from onevocab.tokenizers.media import RATE, encode_audio, load_audio
 from onevocab.tokenizers.sound import LOUDNESS, MARGIN, prepare, to_mono
 
 
@@ -53,10 +53,12 @@ def test_a_float_file_beyond_full_scale_is_the_same_sound():
     assert np.abs(samples).max() <= 1 and np.corrcoef(samples, word())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("fades", [True, False], ids=["fading", "cut"])
 @pytest.mark.parametrize("before, after, gain", [(0, 0, 0.1), (0.2, 0.2, 1), (2, 0, 3), (0.0371, 1, 0.01)])
-def test_silence_and_loudness_change_nothing(before, after, gain):
-    clip = np.pad(word() * np.float32(gain), (int(before * RATE), int(after * RATE)))
-    one, other = prepare(word(), RATE), prepare(clip, RATE)
+def test_silence_and_loudness_change_nothing(before, after, gain, fades):
+    sound = word() if fades else np.random.default_rng(0).normal(0, 0.2, 9000).astype(np.float32)
+    clip = np.pad(sound * np.float32(gain), (int(before * RATE), int(after * RATE)))
+    one, other = prepare(sound, RATE), prepare(clip, RATE)
     assert one.shape == other.shape and np.abs(one - other).max() < 1e-5
 
 
@@ -91,6 +93,21 @@ def test_augmentation_keeps_the_sound_and_its_length_within_the_limit():
         assert np.array_equal(altered, augment(clip, RATE, config, np.random.default_rng(seed), longest=0.8))
     lengths = {len(augment(clip, RATE, config, np.random.default_rng(seed), longest=2)) for seed in range(20)}
     assert len(lengths) > 5
+
+
+def test_the_tokenizer_learns_to_make_the_clean_sound_from_the_altered_one():
+    """Both in the same places; without augmentation both are the same."""
+    files = [encode_audio(word(seed, 0.5), RATE) for seed in range(12)]
+    plain = AudioTokenizer(AudioConfig()).training_set(files)
+    assert plain.shape[:2] == (12, 2) and torch.equal(plain[:, 0], plain[:, 1])
+    tokenizer = AudioTokenizer(AudioConfig(augment=AudioAugment(probability=1.0)))
+    heard, clean = tokenizer.training_set(files).unbind(1)
+    assert torch.equal(clean, plain[:, 1]) and (heard != clean).flatten(1).any(1).sum() > 8
+    assert np.corrcoef(heard.flatten(), clean.flatten())[0, 1] > 0.7
+    x = tokenizer.batch(torch.stack([heard, clean], 1))
+    loss, logs = tokenizer(x, False)
+    error = tokenizer.reconstruct(tokenizer.quantizer.bypass(tokenizer.latents(x))) - x[:, 1:]
+    assert logs["mse"].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
 
 def test_without_probability_nothing_is_altered():
