@@ -171,9 +171,9 @@ def check_raw(shards: Iterable, max_bad_fraction: float = 0.01) -> None:
         with IndexedShard(cache.fetch(source), salvage=True, name=shown(source)) as shard:
             members = np.flatnonzero(shard.index.status != READ)
             refused = np.unique(np.searchsorted(shard.index.first, members, "right") - 1).tolist()
-            bad.known(len(shard), len(refused))
-            for i in refused[: BadSamples.SHOWN - len(bad.first)]:
-                bad.first.append(BadSample(shard.key(i), shard.name, next(iter(shard[i].refused.values()))))
+            bad.known(len(shard), len(refused), [
+                BadSample(shard.key(i), shard.name, next(iter(shard[i].refused.values())))
+                for i in refused[: BadSamples.SHOWN]])
     bad.check(bad.seen)
 
 
