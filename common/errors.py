@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import re
 import sys
 
@@ -29,8 +30,8 @@ def wrong(entry) -> str:
 
 def cli(main):
     """Wraps a command's `main`: a UserError, or a file that the system refuses, becomes one line on stderr and exit
-    code 2; Ctrl-C exits 130. What the terminal's encoding cannot write, an emoji in a stranger's file name, is printed
-    as an escape."""
+    code 2; Ctrl-C exits 130, a reader that went away (`| head`) 141, as in a shell. What the terminal's encoding cannot
+    write, an emoji in a stranger's file name, is printed as an escape."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -40,7 +41,12 @@ def cli(main):
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()  # here, where a reader that went away is no traceback
+            return result
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            sys.exit(128 + 13)  # SIGPIPE
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)

@@ -1,6 +1,8 @@
 """How a command ends: one line for a user's mistake, and no failure because of what a terminal cannot write."""
 
 import io
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -27,6 +29,14 @@ def test_names_that_the_terminal_cannot_write(monkeypatch, encoding, errors):
     cat = "\N{CAT FACE}" if encoding == "utf-8" else "\\U0001f431"
     assert caught.value.code == 2 and out.getvalue().decode() == f"no caption {cat} \\udcff\n"
     assert err.getvalue().decode() == f"error: what is {cat}\n"
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+    code = ("from onevocab.common.errors import cli\n"
+            "@cli\ndef main():\n    for i in range(100_000): print('a line', i)\nmain()")
+    command = f"{shlex.join([sys.executable, '-c', code])} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["a line 0", "141"] and not done.stderr
 
 
 def test_a_stream_of_the_caller_is_left_alone(monkeypatch):
