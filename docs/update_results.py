@@ -22,7 +22,7 @@ TIMES = ROOT / "benchmarks" / "results"
 README, KERNELS, DATA = ROOT / "README.md", ROOT / "docs" / "kernels.md", ROOT / "docs" / "data.md"
 PICTURE = ROOT / "docs" / "images" / "demo.png"
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
-SHOWN = ("demo", "demo-long")  # a column each; the other files give a line below the table
+SHOWN = ("demo", "demo-long", "demo-avx2")  # a column each; other files give a line below the table
 TITLES = ("task", "split", "metric", *SHOWN, "chance", "ceiling: originals", "ceiling: tokenizer", "n")
 
 
@@ -64,7 +64,8 @@ def table(reports: dict[str, dict]) -> str:
         return row["task"], row["split"], row["metric"]
 
     tables = [{key(row): row for row in report["results"]} for report in shown]
-    for row in shown[0]["results"]:
+    rows_of_all = {place: row for rows in reversed(tables) for place, row in rows.items()}
+    for row in [rows_of_all[place] for place in dict.fromkeys(place for rows in tables for place in rows)]:
         if ": " in row["metric"]:  # by kind of question, edit or wording: in the committed file and on the page
             continue
         same = [rows[key(row)] for rows in tables if key(row) in rows]
