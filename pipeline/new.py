@@ -38,7 +38,7 @@ from onevocab.training.precision import autocast, select_precision
 SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 10), (768, 12), (1024, 16))  # (dim, layers)
 SURVEYED, FILES = 2000, 64  # samples that are read; files a tokenizer's speed is measured on
 TURNS = 32  # tokens that a request adds to a captioned document, at most
-EPOCHS = 60
+EPOCHS, FEW = 60, 5  # how often a stage shows a sample: at most; less is too little for a small set
 LEFT_OUT = ("data.demo", "evaluate.tasks", "evaluate.judge_steps", "evaluate.judge_floor", "evaluate.candidates")
 
 
@@ -242,6 +242,9 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
            + "".join(f", {1 / took[name]:.3g} steps/s of a tokenizer of {MODALITIES[name].plural}" for name in media),
            f"about {clock(takes)} of training for {minutes:g} asked; each stage shows a sample "
            f"{steps * rows * length / tokens:.3g} times"]
+    if steps * rows * length < FEW * tokens and found.samples < 10_000:
+        why.append(f"that is too little to learn from so few samples (under {FEW} times each): give more --minutes, or "
+                   "write it again while nothing else runs here, since the speed is that of now")
     return config, why
 
 

@@ -96,6 +96,16 @@ def test_more_time_makes_a_larger_model_or_more_steps(tmp_path, monkeypatch):
     assert stage.steps * stage.loader.seq_len * stage.loader.global_batch_size < new.EPOCHS * 2 * text_tokens
 
 
+def test_a_machine_that_is_too_slow_is_told(tmp_path, monkeypatch):
+    folder = shards(tmp_path / "s", [{"png": picture(i % 90), "txt": f"a red thing {i}".encode()} for i in range(400)])
+    found = new.look(list_sources(folder))
+    _, why = new.choose(found, [str(folder)], "runs/x", 15)
+    assert "too little" not in why[-1]
+    monkeypatch.setattr(new, "language_seconds", lambda *_: 100.0)
+    config, why = new.choose(found, [str(folder)], "runs/x", 15)
+    assert config.pretrain.steps == 20 and "too little" in why[-1] and "give more --minutes" in why[-1]
+
+
 def test_what_cannot_be_used(tmp_path, tokenizers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     codes = write_codes(tmp_path / "codes", tokenizers, [{"json": as_json({"content": [image("0.image.npy")]}),
