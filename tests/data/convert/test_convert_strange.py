@@ -1,5 +1,7 @@
 """Strangers' texts: marks, null characters, keys and columns that come twice, what stands between cells of a CSV."""
 
+import unicodedata
+
 import pytest
 from layouts import converted, plain, put
 from samples import png
@@ -45,6 +47,17 @@ def test_a_table_that_would_lose_a_part_of_every_record_is_refused(tmp_path, nam
     put(tmp_path / "in", PICTURES | {name: content})
     with pytest.raises(UserError, match=message):
         convert("captions", tmp_path / "in" / name, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_e_with_its_accent_may_be_one_character_or_two(tmp_path, form):
+    """Names that a Mac has written, beside a table or captions that it has not."""
+    name, other = (unicodedata.normalize(each, "été") for each in (form, {"NFC": "NFD", "NFD": "NFC"}[form]))
+    put(tmp_path / "in", {f"{name}/{name}.png": png(0), f"{name}/{other}.txt": "summer"})
+    assert converted("captions", tmp_path / "in", tmp_path / "pairs")[1] == [plain(png(0), "summer")]
+    put(tmp_path, {"t.csv": f"file,caption\n{other}/{other}.png,heat\n"})
+    report, samples = converted("captions", tmp_path / "t.csv", tmp_path / "table", media=tmp_path / "in")
+    assert samples == [plain(png(0), "heat")] and not report.dropped
 
 
 def said(**members: bytes) -> str:
