@@ -103,3 +103,13 @@ def read_json(path):
 def write_json(path, value) -> None:
     """Writes a JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def single_keys(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads(object_pairs_hook=...): the object. Raises ValueError where a key comes twice, of which a dict
+    would keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} comes twice in an object")
+    return value

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import single_keys
 from onevocab.data.shards.format import Sample, npy_to_codes
 from onevocab.tokenizers.document import Document, MediaFile, Part, conversation, plain_document
 from onevocab.tokenizers.modalities import MODALITIES, modality_of_ending
@@ -98,6 +99,8 @@ def document_of(sample: Sample) -> Document:
             read = plain_document([_part(part, files) for part in _list(data["content"], "content")])
         else:
             read = plain_document(_parts(files))
+        if any(segment.modality == "text" and "\0" in segment.content for segment in read.segments):
+            raise ValueError("its text holds null characters, as UTF-16 without its mark does")
         if data:
             used = {medium.content.ending for medium in read.media}
             for ending in sorted(files.keys() - used):
@@ -126,7 +129,7 @@ def may_augment(sample: Sample) -> bool:
 
 def _document_json(content: bytes | None) -> dict:
     """A member's JSON if it says what the document is; {} where there is none, or one of metadata."""
-    data = None if content is None else json.loads(content.decode("utf-8"))
+    data = None if content is None else json.loads(content.decode("utf-8-sig"), object_pairs_hook=single_keys)
     return data if isinstance(data, dict) and ("messages" in data or "content" in data) else {}
 
 
@@ -146,7 +149,7 @@ def _parts(files: dict[str, MediaFile]) -> list[Part]:
     if not media and not texts:
         raise ValueError("no json with content or messages, no txt, no medium")
     parts: list[Part] = [(modality, files[ending]) for modality, ending in media.items()]
-    return parts + [("text", files[ending].content.decode("utf-8").strip()) for ending in texts]
+    return parts + [("text", files[ending].content.decode("utf-8-sig").strip()) for ending in texts]
 
 
 def is_text(ending: str) -> bool:

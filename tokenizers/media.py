@@ -13,6 +13,8 @@ from onevocab.tokenizers.sound import mix, to_mono
 RATE = 16_000  # samples a second that sounds are brought to
 MAX_PIXELS = 50_000_000
 MAX_SECONDS = 600.0
+SLACK = 1024  # bytes that the writer of a WAV may miscount
+UNKNOWN = 0x7FFF_0000  # a WAV's size from here on says that it was written as a stream
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -103,28 +105,40 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 def load_audio(source, max_seconds: float = MAX_SECONDS) -> tuple[np.ndarray, int]:
     """path or bytes -> (float32 mono (n,) in -1..1, samples per second).
 
-    Raises UserError when it is missing, not a sound, empty, or longer than `max_seconds` (by its header, then by what
-    was decoded).
+    Raises UserError when it is missing, not a sound, empty, cut short, or longer than `max_seconds` (by its header,
+    then by what was decoded).
     """
     file, name = _open(source)
     with file:
+        cut = _cut_wav(file)
         try:
             with soundfile.SoundFile(file) as sound:
-                rate, limit = sound.samplerate, int(max_seconds * sound.samplerate)
-                if sound.frames > limit:
-                    raise UserError(f"{name} lasts {sound.frames / rate:.0f} s, more than the "
+                rate, frames, limit = sound.samplerate, sound.frames, int(max_seconds * sound.samplerate)
+                if frames > limit:
+                    raise UserError(f"{name} lasts {frames / rate:.0f} s, more than the "
                                     f"{max_seconds:.0f} s allowed; cut it")
                 samples = sound.read(frames=limit + 1, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError, RuntimeError) as error:
             raise UserError(f"cannot read {name} as a sound ({error})") from None
     if not len(samples):
         raise UserError(f"{name} holds no sound (0 samples)")
+    if cut or len(samples) < 0.98 * frames:
+        raise UserError(f"{name} is cut short: its header promises more than its {len(samples) / rate:.2f} s; fetch it "
+                        "again, or write it again as it is")
     if len(samples) > limit:
         raise UserError(f"{name} is longer than the {max_seconds:.0f} s allowed; cut it")
     try:
         return to_mono(mix(samples.T)), rate
     except UserError as error:
         raise UserError(f"{name}: {error}; write it again") from None
+
+
+def _cut_wav(file) -> bool:
+    """Whether a WAV's header says that it is longer; libsndfile reads what is there without a word."""
+    start, size = file.read(12), file.seek(0, io.SEEK_END)
+    file.seek(0)
+    promised = int.from_bytes(start[4:8], "little")
+    return start[:4] == b"RIFF" and size - 8 + SLACK < promised < UNKNOWN
 
 
 def encode_png(image: Image.Image, level: int = 1) -> bytes:

@@ -15,6 +15,7 @@ LOUDNESS = -20.0  # dB of full scale: of the frames that are heard, as ITU-T P.5
 SOUNDING, SILENT = 30.0, 40.0  # dB below the loudest frame: down to the first it counts as heard, below the second not
 MARGIN = 0.05  # seconds of (near) silence that are left, or added, at both ends
 FRAME = 0.02  # seconds
+OFFSET = 0.1  # of its RMS: a mean above this is the microphone's or the converter's, which nobody hears
 QUIETEST = 1e-5  # level below which there is nothing to make louder: a 16-bit file's last bit is 3e-5
 
 _INTEGERS = {np.dtype(kind): (middle, 1 << (bits - 1)) for kind, middle, bits in (
@@ -71,7 +72,10 @@ def levels(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = True) -> np.ndarray:
     """float32 (n,) -> float32 (m,): silence at both ends cut to `MARGIN` seconds, or filled up to it, and the loudness
-    brought to `LOUDNESS`. A sound without anything in it is left as it is."""
+    brought to `LOUDNESS`. A constant offset is taken away first. A sound without anything in it is left as it is."""
+    mean = samples.mean(dtype=np.float64)
+    if abs(mean) > OFFSET * np.sqrt(np.mean(samples.astype(np.float64) ** 2)):
+        samples = samples - np.float32(mean)
     edge = round(FRAME * rate) if trim else 0  # a sound that begins at once has windows that begin before it
     level = levels(np.pad(samples, edge), rate)
     loudest = float(level.max())

@@ -4,6 +4,7 @@ A medium and a caption become a plain document of two parts; a file with several
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
@@ -78,7 +79,8 @@ def _beside(place: str, names: list[str]) -> Iterator[Row]:
     captions: dict[str, str] = {}
     subtitles: dict[str, list[str]] = {}
     for name in names:
-        stem, suffix, here = name.rpartition(".")[0], suffix_of(name), Path(place, name).as_posix()
+        suffix, here = suffix_of(name), Path(place, name).as_posix()
+        stem = unicodedata.normalize("NFC", name.rpartition(".")[0])  # Macs take the é of a name apart, others do not
         if kind_of(name):
             media.setdefault(stem, []).append(here)
         elif suffix in (".srt", ".vtt"):

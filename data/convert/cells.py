@@ -1,10 +1,12 @@
 """CSV and TSV: records below a header. A record that cannot be read is dropped, and no part of it is taken for another.
 
 Quotation marks are read strictly: a cell that begins with one ends with one, and those within are doubled. A TSV may be
-quoted so (pandas, Excel) or hold them as characters like any other (Common Voice): its own cells tell which.
+quoted so (pandas, Excel) or hold them as characters like any other (Common Voice): its own cells tell which. The header
+of a CSV tells what stands between its cells: a comma, a semicolon (Excel where numbers have decimal commas) or a tab.
 """
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -56,21 +58,42 @@ def cells(path: Path, delimiter: str) -> Iterator[dict | Dropped]:
     """The records of a table as dicts by its header. Raises Dropped when it is damaged."""
     quoting = csv.QUOTE_NONE if delimiter == "\t" and not quoted(path) else csv.QUOTE_MINIMAL
     try:
+        dialect = {"delimiter": delimiter} if delimiter == "\t" else _dialect(path)
         for text in texts(path):
-            records, header = _Records(text, path.name, delimiter=delimiter, quoting=quoting), None
+            records, header = _Records(text, path.name, quoting=quoting, **dialect), None
             while (row := records.read()) is not None:
                 if isinstance(row, Dropped):
                     if header is None:
                         raise Dropped("damaged input", f"{path.name}: its header cannot be read: {row.detail}")
                     yield row
                 elif header is None:
-                    header = row or None  # empty lines come before it
+                    header = [cell.strip() for cell in row] or None  # empty lines come before it
+                    if twice := [cell for cell, count in Counter(filter(None, header or ())).items() if count > 1]:
+                        raise Dropped("damaged input", f"{path.name}: its header names {twice[0]!r} twice, and each "
+                                      "record would lose one of them: rename one")
                 elif len(row) > len(header):
                     yield Dropped("bad record", "more cells than the header names")
                 elif row:
                     yield dict.fromkeys(header) | dict(zip(header, row, strict=False))
     except damaged() as error:
         raise Dropped("damaged input", f"{path.name}: {error}") from None
+
+
+def _dialect(path: Path) -> dict:
+    """What stands between the cells of a CSV: the likeliest by its header, a comma where that says nothing; and whether
+    a space follows it, which belongs to no cell."""
+    header = _first_line(path)
+    delimiter = max(",;\t", key=header.count)
+    return {"delimiter": delimiter, "skipinitialspace": f"{delimiter} " in header}
+
+
+def _first_line(path: Path) -> str:
+    """The first that holds something, or its beginning; "" where there is none."""
+    for text in texts(path):
+        while line := text.readline(MAX_RECORD):
+            if line.strip():
+                return line
+    return ""
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ import binascii
 import io
 import os
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,8 +87,9 @@ class MediaFolder:
 
         A relative path starts at the folder. Of an absolute one, or a URL, the longest tail that exists below the
         folder is taken; of a URL one of two steps at least, since other hosts have files of that name too. Its query is
-        part of the file's name (`b.png?w=3`, as wget writes it) where there is such a file, else it is left out. A path
-        with `..` is refused, and a link that leads out of the folder unless those are followed.
+        part of the file's name (`b.png?w=3`, as wget writes it) where there is such a file, else it is left out. An é
+        may be one character or two (Macs take names apart). A path with `..` is refused, and a link that leads out of
+        the folder unless those are followed.
         """
         place, query = _URL.match(name).groups(default="")
         steps = [step for step in re.split(r"[/\\]+", place) if step not in ("", ".")]
@@ -95,11 +97,13 @@ class MediaFolder:
             raise Dropped("unsafe path", name)
         for start in range(len(steps) - ("://" in name) if _ABSOLUTE.match(name) else 1):
             for end in dict.fromkeys((query.replace("/", "%2F"), "")):
-                path = Path(f"{self.root.joinpath(*steps[start:])}{end}")
-                if os.path.isfile(path):
-                    if not self.follow_links and leads_out(path, self.root):
-                        raise Dropped("unsafe path", f"{name} is {OUTSIDE}")
-                    return path
+                below = f"{os.path.join('', *steps[start:])}{end}"
+                for spelled in dict.fromkeys((below, *(unicodedata.normalize(form, below) for form in ("NFC", "NFD")))):
+                    path = self.root / spelled
+                    if os.path.isfile(path):
+                        if not self.follow_links and leads_out(path, self.root):
+                            raise Dropped("unsafe path", f"{name} is {OUTSIDE}")
+                        return path
         raise Dropped("missing media", f"no {name} below {self.root}")
 
     def parts(self, *names: str) -> list[Part]:

@@ -46,13 +46,15 @@ def sample_of(document: Document, source: str) -> dict[str, bytes]:
     """Document -> members of a shard's sample: `json`, `0.png`, `1.flac`, ...; files of the same bytes are stored once.
 
     source: where the sample comes from, kept in the JSON. Raises Dropped when a turn says nothing or holds text that
-    no encoding takes.
+    no encoding takes, or null characters.
     """
     filled = Document(tuple(segment for segment in document.segments if segment.content != ""))
     if not filled.segments or len(filled.turns) < len(document.turns):
         raise Dropped("empty text", "a turn holds nothing")
     stored: dict[bytes, Medium] = {}
     filled = filled.map_media(lambda _, file: stored.setdefault(file.content, file))
+    if any(segment.modality == "text" and "\0" in segment.content for segment in filled.segments):
+        raise Dropped("bad text", "it holds null characters, as UTF-16 without its mark does: save it as UTF-8")
     try:  # a lone surrogate: bytes that are no UTF-8, or half a pair spelled in JSON
         return members_of(filled, {"source": printable(source)})
     except UnicodeEncodeError as error:

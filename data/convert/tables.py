@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import single_keys
 from onevocab.data.convert import cells
 from onevocab.data.convert.samples import Dropped, Row
 from onevocab.data.convert.streams import PACKED, damaged, lines, streams
@@ -54,11 +55,16 @@ def document(path: Path):
     """A whole JSON file. The last two are kept, since a file may be read in several parts. Raises Dropped."""
     try:
         if path.suffix.lower() not in PACKED:
-            return json.loads(path.read_bytes())
-        content = b"".join(file.read(MAX_DOCUMENT + 1) for file in streams(path))
-        if len(content) > MAX_DOCUMENT:
-            raise Dropped("damaged input", f"{path.name} unpacks to more than {MAX_DOCUMENT:,} bytes; make it lines")
-        return json.loads(content)
+            content = path.read_bytes()
+        else:
+            content = b"".join(file.read(MAX_DOCUMENT + 1) for file in streams(path))
+            if len(content) > MAX_DOCUMENT:
+                raise Dropped("damaged input", f"{path.name} unpacks to more than {MAX_DOCUMENT:,} bytes; make it "
+                              "lines")
+        value = json.loads(content, object_pairs_hook=_object)
+        if isinstance(value, Dropped):
+            raise Dropped("damaged input", f"{path.name}: {value.detail}")
+        return value
     except (ValueError, RecursionError) as error:
         raise Dropped("damaged input", f"{path.name} is not valid JSON ({error}); if each line is a "
                       "record, call it .jsonl") from None
@@ -123,9 +129,17 @@ def rows_of(options, unit: Path) -> Iterator[Row]:
 def record_of(line: bytes):
     """JSON -> value, or the Dropped that says why not."""
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         return Dropped("bad record", f"not valid JSON ({error})")
+
+
+def _object(pairs: list[tuple]) -> dict | Dropped:
+    """For json.loads: an object; a Dropped stands in the place of one that would lose something."""
+    try:
+        return single_keys(pairs)
+    except ValueError as error:
+        return Dropped("bad record", str(error))
 
 
 # ------------------------------------------------------------------------------------------------ columns

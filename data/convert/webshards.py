@@ -72,7 +72,7 @@ def _from_files(sample: Sample, endings: list[str]) -> Iterator[Converted | Drop
     text = next((ending for ending in endings if is_text(ending)), None)
     about = next((ending for ending in endings if ending.rpartition(".")[2] == "json"), None)
     if text:
-        captions = [sample.members[text].decode("utf-8", "surrogateescape")]
+        captions = [sample.members[text].decode("utf-8-sig", "surrogateescape")]
     else:
         captions = list_of(field_of(tables.record_of(sample.members[about]) if about else {}, "caption", "text"))
     yield from pairs(lambda: [check(sample.members[ending], f"{sample.key}.{ending}") for ending in media], captions)

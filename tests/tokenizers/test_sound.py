@@ -116,3 +116,42 @@ def test_without_probability_nothing_is_altered():
     source = word(), RATE
     same = [tokenizer.augmented(source, np.random.default_rng(seed)) is source for seed in range(200)]
     assert tokenizer.augments and 0.4 < np.mean(same) < 0.6
+
+
+@pytest.mark.parametrize("offset", [0.3, -0.05])
+def test_a_constant_offset_is_not_heard(offset):
+    """Cheap converters add one: it is neither loud nor a sound that keeps silence from being cut."""
+    clip = np.pad(word() * np.float32(0.2), RATE)
+    assert abs(len(prepare(clip + np.float32(offset), RATE)) - len(prepare(clip, RATE))) < 0.001 * RATE
+    whole = prepare(clip + np.float32(offset), RATE, trim=False)
+    assert np.abs(whole - prepare(clip, RATE, trim=False)).max() < 0.02
+
+
+def wav(**size: int) -> bytes:
+    """A WAV of a second whose header gives another size of the file, and of what it holds."""
+    content = bytearray(encode_audio(word(seconds=1), RATE, "WAV"))
+    start = content.index(b"data") + 4
+    content[4:8] = size["file"].to_bytes(4, "little")
+    content[start : start + 4] = size["data"].to_bytes(4, "little")
+    return bytes(content)
+
+
+def mp3(samples: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="MP3")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [
+    encode_audio(word(seconds=1), RATE, "WAV")[:-8000], wav(file=2 << 20, data=(2 << 20) - 36),
+    encode_audio(word(seconds=1), RATE, "FLAC")[:-4000], mp3(word(seconds=1))[:-2000],
+], ids=["wav", "wav by its header", "flac", "mp3"])
+def test_a_sound_that_is_cut_short_is_refused(content):
+    with pytest.raises(UserError, match="cut short|cannot read"):
+        load_audio(content)
+
+
+@pytest.mark.parametrize("size", [0xFFFF_FFFF, 0x7FFF_F024, 32_044], ids=["ffmpeg", "sox", "miscounted"])
+def test_a_wav_that_was_written_as_a_stream_is_whole(size):
+    samples, _ = load_audio(wav(file=size, data=max(size - 36, 32_000)))
+    assert len(samples) == RATE
