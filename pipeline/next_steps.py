@@ -22,5 +22,5 @@ def next_steps(config: RunConfig, media: list[str]) -> list[str]:
 
 def _can_be_asked(config: RunConfig, media: list[str]) -> bool:
     """Whether the evaluation has something to ask: without tasks of its own, the run's shards are asked about."""
-    name = config.evaluate.tasks or (DEMO_TASKS if config.data.demo else None)
+    name = config.evaluate.tasks or (None if config.data.demo is None else DEMO_TASKS)
     return name is None or any(task.metrics and set(task.media) <= set(media) for task in load_tasks(name).tasks)

@@ -363,5 +363,6 @@ def test_a_missing_run_and_a_bad_limit_are_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match="none"):
         evaluate(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    names = ("caption", "vqa", "detection", "draw", "edit", "hear", "say", "spoken_question", "say_seen", "draw_heard")
+    names = ("caption", "vqa", "detection", "several_pictures", "draw", "edit", "hear", "hear_anyhow", "say",
+             "spoken_question", "say_seen", "draw_heard")
     assert tuple(task.name for task in DEMO.tasks if task.metrics) == names

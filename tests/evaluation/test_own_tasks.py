@@ -62,7 +62,7 @@ def test_tasks_of_ones_own_are_named_in_the_configuration(tmp_path, monkeypatch,
     rows = {(row["task"], row["split"]): row for row in report["results"]}
     assert list(rows)[:4] == [("paint", "held-out examples"), ("colour", "held-out examples"),
                               ("colour", "held-out examples, media shuffled"), ("colour", "large pictures")]
-    assert {task for task, _ in list(rows)[4:]} == {"held_out_wordings", "malformed_outputs"}
+    assert {task for task, _ in list(rows)[4:]} == {"held_out_wordings", "chosen_answers", "malformed_outputs"}
     assert all(row["n"] == 4 for row in list(rows.values())[:4]) and rows["colour", "large pictures"]["value"] == 0
     assert 0 < rows["colour", "held-out examples"]["chance"] < 1
     page = (run / "report" / "index.html").read_text()

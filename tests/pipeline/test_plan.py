@@ -127,4 +127,4 @@ def test_a_plan_of_a_run_says_how_often_its_data_are_shown(smoke_run):
     assert "of the trained tokenizers" in done.stdout and "documents of" in done.stdout and "kWh" not in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in smoke_run.rglob("*.json")}
     wrong = train("configs/smoke.toml", "--plan.mfu=7")
-    assert wrong.returncode == 2 and "--plan: mfu" in wrong.stderr
+    assert wrong.returncode == 2 and "--plan.mfu=7" in wrong.stderr

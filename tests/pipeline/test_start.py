@@ -258,7 +258,7 @@ def test_what_can_be_done_with_a_run_fits_the_run(tmp_path):
     lines = next_steps(config, ["image"])
     assert any("--want image" in line for line in lines) and not any("audio" in line for line in lines)
     assert any("--image FILE.png --text" in line for line in lines)
-    assert not any("evaluation" in line for line in lines), "the demo's tasks are about the demo's data"
+    assert lines[-1].startswith("evaluate: python -m onevocab.evaluation "), "about its own held-out samples"
     demo = config.model_copy(update={"data": config.data.model_copy(update={"demo": {}}), "folder": "runs/a b"})
     assert next_steps(demo, ["image", "audio"])[-1] == "evaluate: python -m onevocab.evaluation 'runs/a b'"
     assert not any("evaluation" in line for line in next_steps(demo, [])), "each of the demo's tasks has a medium"
