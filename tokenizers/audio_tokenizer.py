@@ -16,6 +16,7 @@ from onevocab.tokenizers.media import MAX_SECONDS, RATE, load_audio
 from onevocab.tokenizers.torchaudio_guard import torchaudio
 
 FFT, HOP = 1024, 256
+SILENT = 1e-3  # deviation of log-mels below which nothing is to be heard: speech has about 1
 FLOOR = 5e-3  # some 45 dB below a loud vowel: codes are not spent on what nobody hears
 PHASE_ITERATIONS = 32
 
@@ -53,6 +54,7 @@ class AudioTokenizer(GridAutoencoder):
         super().__init__(1, (config.mels // config.rows, config.column_frames), config)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("deviation", torch.ones(()))
+        self.silent = False  # all of the training set
         self.spectrogram = torchaudio.transforms.MelSpectrogram(
             RATE, FFT, hop_length=HOP, n_mels=config.mels, power=1.0, norm="slaney", mel_scale="slaney")
         self.vocode = torchaudio.transforms.GriffinLim(FFT, PHASE_ITERATIONS, hop_length=HOP, power=1.0,
@@ -135,6 +137,7 @@ class AudioTokenizer(GridAutoencoder):
         mels = torch.stack(pieces).clone()
         self.mean.fill_(mels[:, 1].mean())
         self.deviation.fill_(mels[:, 1].std())
+        self.silent = float(self.deviation) < SILENT
         return mels
 
     def _altered_in_place(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -144,7 +147,10 @@ class AudioTokenizer(GridAutoencoder):
         return sound.prepare(augment(samples, RATE, self.config.augment, rng), RATE, self.config.loudness, trim=False)
 
     def batch(self, mels: torch.Tensor) -> torch.Tensor:
-        """Log-mels (B, 2, mels, frames), standardised."""
+        """Log-mels (B, 2, mels, frames), standardised. Raises UserError where the whole training set is silent."""
+        if self.silent:
+            raise UserError("[audio]: in none of the sounds of the data is anything to be heard; mend them, or take "
+                            "them out")
         return self.standardise(mels)
 
     def standardise(self, mel: torch.Tensor) -> torch.Tensor:

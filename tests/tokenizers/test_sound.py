@@ -155,3 +155,11 @@ def test_a_sound_that_is_cut_short_is_refused(content):
 def test_a_wav_that_was_written_as_a_stream_is_whole(size):
     samples, _ = load_audio(wav(file=size, data=max(size - 36, 32_000)))
     assert len(samples) == RATE
+
+
+def test_sounds_in_which_nothing_is_heard_teach_no_tokenizer():
+    """Their deviation is nothing, and what is divided by it no number."""
+    tokenizer, silence = AudioTokenizer(AudioConfig()), encode_audio(np.zeros(RATE), RATE)
+    with pytest.raises(UserError, match="anything to be heard"):
+        tokenizer.batch(tokenizer.training_set([silence]))
+    assert tokenizer.batch(tokenizer.training_set([silence, encode_audio(word(), RATE)])).isfinite().all()
