@@ -38,8 +38,6 @@ def cli(main):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # not one that a caller put in its place
                 stream.reconfigure(errors="backslashreplace")
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
         try:
             result = main(*args, **kwargs)
             sys.stdout.flush()  # here, where a reader that went away is no traceback

@@ -1,12 +1,13 @@
 """Asks a run of the demo what the README asks, as the README asks it, and says which answers are right:
 `python -m onevocab.demo.check runs/demo`."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError, cli
+from onevocab.common.paths import path_argument
 from onevocab.demo.judges import Judges
 from onevocab.demo.tasks.captions import Caption, caption_short
 from onevocab.demo.tasks.spoken_question import SpokenQuestion
@@ -66,8 +67,8 @@ def ask(run: Path) -> Iterator[Answer]:
 
 @cli
 def main(arguments=None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m onevocab.demo.check", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run of the demo, evaluated")
+    parser = Parser(prog="python -m onevocab.demo.check", description=__doc__)
+    parser.add_argument("run", type=path_argument, help="a run of the demo, evaluated")
     answers = list(ask(parser.parse_args(arguments).run))
     for answer in answers:
         print(f"{'right' if answer.right else 'WRONG'}  {answer.prompt}  ->  {answer.given}"

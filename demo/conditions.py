@@ -50,8 +50,8 @@ def stereo(samples: np.ndarray) -> Sound:
     """44.1 kHz, 16 bits, two channels."""
     import torch
 
-    louder = torchaudio.functional.resample(torch.from_numpy(samples), RATE, 44_100).numpy()
-    return (np.stack([louder, louder], axis=1).clip(-1, 1) * 32767).astype(np.int16), 44_100
+    wide = torchaudio.functional.resample(torch.from_numpy(samples), RATE, 44_100).numpy()
+    return (np.stack([wide, wide], axis=1).clip(-1, 1) * 32767).astype(np.int16), 44_100
 
 
 def mp3(samples: np.ndarray) -> Sound:

@@ -7,19 +7,19 @@ tokens a parameter in that time (Hoffmann et al. 2022), at a speed that is measu
 than 60 times.
 """
 
-import argparse
 import os
 import time
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from onevocab.common import provenance
+from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError
 from onevocab.common.files import write_atomic
+from onevocab.common.paths import expand_home, path_argument
 from onevocab.data.documents import BadSample, document_of, read_media
 from onevocab.data.loader import Batch
 from onevocab.data.shards.index import build_index
@@ -28,6 +28,7 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.commented import commented_toml
 from onevocab.pipeline.config import RunConfig, read_config
+from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
 from onevocab.training.loop import NextTokenLoss, backward
@@ -203,8 +204,7 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
     most = 4096 if gpu else 1024
     length = min(most, max(128, round_up(float(np.quantile(lengths, 0.995, method="higher")), 64)))
     rows = max(2, (65_536 if gpu else 2048) // length // 2 * 2)
-    vocabulary = 128 + pieces + sum(
-        tokenizer.layout["codes"] + tokenizer.layout["sizes"] + 2 for tokenizer in tokenizers.values())
+    vocabulary = Tokenizers(text, tokenizers).vocab.size
     budget = minutes * 60 * (1 - share * len(media)) / 2  # seconds of a language stage
     context = max(512, 2 * length)
     smallest = shape(*SHAPES[0], context)
@@ -250,10 +250,12 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
 
 def new_configuration(words: list[str]) -> None:
     """The command; `words` follow `train.py`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--new", type=Path, required=True, metavar="MY.toml", help="the file to write")
-    parser.add_argument("--shards", nargs="+", required=True, help="raw shards: folders, globs, files or addresses")
-    parser.add_argument("--folder", help="where the run will live (default: runs/ and the file's name)")
+    parser = Parser(prog="python train.py --new", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--new", type=path_argument, required=True, metavar="MY.toml", help="the file to write")
+    parser.add_argument("--shards", nargs="+", type=expand_home, required=True,
+                        help="raw shards: folders, globs, files or addresses")
+    parser.add_argument("--folder", type=expand_home,
+                        help="where the run will live (default: runs/ and the file's name)")
     parser.add_argument("--minutes", type=float, default=12.0, help="time that the training may take (default: 12)")
     given = parser.parse_args(words)
     if given.new.exists():
