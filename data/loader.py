@@ -10,20 +10,19 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
-from onevocab.common.paths import HomePath
 from onevocab.data.documents import BadSamples
 from onevocab.data.draws import permutation, raw, uniform
-from onevocab.data.held_out import LEAST, MOST, VALID, limits
+from onevocab.data.held_out import limits
 from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
+from onevocab.data.source import Source
 from onevocab.data.token_cache import DROPPABLE, LOSS, TokenCache
 from onevocab.data.turns import Entry, Turns, read_wordings
 from onevocab.tokenizers.bundle import Tokenizers
@@ -55,31 +54,6 @@ class LoaderConfig(BaseModel):
                                      "from them are left out, so that guidance can be used")
     text_first: float = Field(0.5, ge=0, le=1, description="share of pairs with a text that show the text first")
     loss: LossWeights = LossWeights()
-
-
-class Source(BaseModel):
-    """Shards that a stage reads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    path: HomePath = Field(description="shards: a file, a folder, a glob or an address (https://, s3://, ...)")
-    repeat: float = Field(1.0, gt=0, description="how often an epoch shows each sample (2.5: twice, and a changing "
-                          "half of them once more)")
-    weight: float | None = Field(None, gt=0, description="instead of repeat, this source's share of an epoch's samples")
-    turns: Literal["auto", "as_is", "captions"] = Field("auto", description="captions: a medium and its text are shown "
-                                                        "as a request and its answer, in both directions; auto: so in "
-                                                        "instruct when none of its samples is a conversation")
-    wordings: str | None = Field(None, description="TOML file of these requests (data/turns.py; default: built in), "
-                                 "its path from where the sources' paths start")
-    valid: float | None = Field(None, ge=0, le=0.5, description="share of the samples that is held out, never trained "
-                                f"on (default: {VALID:.0%}, or about {LEAST} samples where that is more, but at most "
-                                f"{MOST:.0%})")
-    valid_path: str | None = Field(None, description="shards to be held out in place of a share of these")
-
-    @model_validator(mode="after")
-    def _one_way(self):
-        if self.valid_path is not None and self.valid is not None:
-            raise ValueError("valid and valid_path are both set; held-out samples come from one of them")
-        return self
 
 
 @dataclass

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
-from onevocab.data.loader import LoaderConfig, PackedLoader, Source
+from onevocab.data.loader import LoaderConfig, PackedLoader
+from onevocab.data.source import Source
 from onevocab.kernels.elementwise import rotary_reference
 from onevocab.model import decoder as network
 from onevocab.model.config import ModelConfig

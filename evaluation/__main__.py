@@ -44,7 +44,7 @@ def evaluate(run: Path, config=None, limit: int | None = None, quiet: bool = Fal
     evaluator = Evaluator(model, tasks or task_module(model, run, settings), config, folder, limit)
     suite.run(evaluator, quiet)
     lines = pages.metrics_lines(run)
-    stages = dict.fromkeys(line["stage"] for line in lines)
+    stages = dict.fromkeys(line.get("stage") for line in lines)
     evaluator.notes += filter(None, (memorising(lines, stage) for stage in stages))
     report = {
         "device": provenance.device(), "versions": provenance.versions(), "config": settings,

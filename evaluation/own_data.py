@@ -15,11 +15,13 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from onevocab.common.errors import UserError, invalid
+from onevocab.data.codes import codes_names
 from onevocab.data.documents import UNDECODABLE, BadSample, document_of
-from onevocab.data.loader import LoaderConfig, PackedLoader, Source
+from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import npy_to_codes
 from onevocab.data.shards.index import IndexedShard
-from onevocab.data.shards.remote import ShardCache, is_remote, list_sources, local_name, read_source
+from onevocab.data.shards.remote import ShardCache, list_sources, local_name, placed, read_source
+from onevocab.data.source import Source
 from onevocab.data.turns import CAPTION, read_wordings
 from onevocab.evaluation import metrics
 from onevocab.evaluation.metrics import row
@@ -101,9 +103,10 @@ def read_held_out(run: Path, settings: dict, tokenizers) -> HeldOut:
         rows = LoaderConfig.model_validate(settings[stage].get("loader", {}))
     except ValidationError as error:
         raise invalid(error, f"{run / 'config.toml'}: [{stage}]") from None
-    sources = [source.model_copy(update={name: _placed(run, value) for name in ("path", "valid_path", "wordings")
-                                         if (value := getattr(source, name)) is not None}) for source in sources]
-    loader = PackedLoader(sources, tokenizers, rows, cache_folder=run / "token_cache", instruct=stage == "instruct")
+    sources = [source.placed(run) for source in sources]
+    allowed = {key: value for key, value in settings.get("data", {}).items() if key == "max_bad_fraction"}
+    loader = PackedLoader(sources, tokenizers, rows, cache_folder=run / "token_cache", instruct=stage == "instruct",
+                          **allowed)
     samples = _samples(loader.held_out_samples()[:MOST])
     raw = _raw_documents(run, settings, {(local_name(shard), sample.key) for shard, sample in samples})
     held = HeldOut(loader, [], defaultdict(list), 0, read_wordings(sources[0].wordings))
@@ -115,10 +118,6 @@ def read_held_out(run: Path, settings: dict, tokenizers) -> HeldOut:
         except (BadSample, ValueError, *UNDECODABLE):
             continue  # named when it was encoded, or when the raw shard was
     return held
-
-
-def _placed(run: Path, path: str) -> str:
-    return path if is_remote(path) else str(run / path)
 
 
 def _samples(places: list[tuple[str, int]]) -> list:
@@ -137,16 +136,17 @@ def _raw_documents(run: Path, settings: dict, wanted: set[tuple[str, str]]) -> d
     out."""
     found: dict = {}
     try:
-        shards = list(chain(*(list_sources(_placed(run, path)) for path in settings.get("data", {}).get("shards", ()))))
+        shards = list(chain(*(list_sources(placed(run, path)) for path in settings.get("data", {}).get("shards", ()))))
+        names = codes_names(shards)
     except UserError:
         return found
-    for shard in shards:
-        keys = {key for name, key in wanted if name == local_name(shard)}
+    for shard, codes in zip(shards, names, strict=True):
+        keys = {key for name, key in wanted if name == codes}
         for sample in read_source(shard) if keys else ():
             if sample.key in keys:
                 keys.discard(sample.key)
                 try:
-                    found[local_name(shard), sample.key] = document_of(sample)
+                    found[codes, sample.key] = document_of(sample)
                 except BadSample:
                     pass
             if not keys:

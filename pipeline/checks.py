@@ -90,7 +90,7 @@ def check_sources(config: RunConfig, names: list[str]) -> None:
     UserError."""
     folder = Path(config.folder)
     for stage, settings in language_stages(config).items():
-        for source in (*settings.sources, *(source for phase in settings.phases for source in phase.sources)):
+        for source in settings.every_source:
             if is_remote(source.path):
                 continue
             path = os.path.relpath(os.path.abspath(folder / source.path), os.path.abspath(folder))

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from onevocab.common.errors import UserError
 from onevocab.common.paths import HomePath, expand_home
-from onevocab.data.loader import LoaderConfig, Source
+from onevocab.data.loader import LoaderConfig
+from onevocab.data.source import Source
 from onevocab.demo.writer import DemoConfig
 from onevocab.evaluation.config import EvaluateConfig
 from onevocab.model.config import ModelSection
@@ -50,6 +51,11 @@ class StageData(BaseModel):
                                         "run's folder")
     loader: LoaderConfig = LoaderConfig()
     phases: tuple[PhaseConfig, ...] = Field((), description="steps that read other sources")
+
+    @property
+    def every_source(self) -> list[Source]:
+        """The usual ones, and those of the phases."""
+        return [*self.sources, *(source for phase in self.phases for source in phase.sources)]
 
     @model_validator(mode="after")
     def _apart(self):

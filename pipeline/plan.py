@@ -10,7 +10,6 @@ from onevocab.common.checkpoint_files import list_steps
 from onevocab.data.loader import Batch, PackedLoader
 from onevocab.pipeline.checks import check_lengths, language_stages
 from onevocab.pipeline.config import LanguageStage, RunConfig
-from onevocab.pipeline.run import placed_source
 from onevocab.pipeline.settings import overrides, validated
 from onevocab.pipeline.size import network, vocabulary_of
 from onevocab.tokenizers.bundle import Tokenizers
@@ -46,7 +45,7 @@ def plan_lines(config: RunConfig, words: list[str]) -> list[str]:
 def _source_lines(config: RunConfig, stage: LanguageStage) -> list[str]:
     """How often each source is shown."""
     run = Path(config.folder)
-    sources = [placed_source(run, source) for source in stage.sources]
+    sources = [source.placed(run) for source in stage.sources]
     loader = PackedLoader(sources, Tokenizers.load(run / "tokenizers"), stage.rows, seed=config.seed,
                           cache_folder=run / "token_cache", workers=config.data.workers,
                           max_bad_fraction=config.data.max_bad_fraction)

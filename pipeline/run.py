@@ -1,6 +1,5 @@
 """A run: its stages in order, each in a folder of its own."""
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,15 +18,15 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import check_raw, tokenize_in_processes
-from onevocab.data.loader import PackedLoader, Source
+from onevocab.data.loader import PackedLoader
 from onevocab.data.mixture import MixtureSchedule, Phase
-from onevocab.data.shards.remote import is_remote, list_sources
+from onevocab.data.shards.remote import list_sources, placed
 from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
-from onevocab.pipeline.checks import check_folder, check_settings, check_sources
+from onevocab.pipeline.checks import check_folder, check_settings, check_sources, language_stages
 from onevocab.pipeline.config import LanguageStage, RunConfig
 from onevocab.pipeline.inputs import FILES, changes, inspect_shards, known_files, media_of
 from onevocab.pipeline.size import check_disk
@@ -161,9 +160,9 @@ class Run:
         """Of each stage: what it is to be made of, and the hash of that."""
         digests = {name: file["digest"] for name, file in (self.files or {}).items()}
         records: dict[str, dict] = {DATA: {"hash": hash_json(digests)}}
-        for stage in (self.config.pretrain, self.config.instruct):
-            for source in (*stage.sources, *(source for phase in stage.phases for source in phase.sources)):
-                read_wordings(placed_source(self.folder, source).wordings)
+        for stage in language_stages(self.config).values():
+            for source in stage.every_source:
+                read_wordings(source.placed(self.folder).wordings)
         for stage in self.stages:
             made_of = {"settings": stage.settings, "inputs": {name: records[name]["hash"] for name in stage.inputs}}
             record = records[stage.name] = {"hash": hash_json([stage.name, made_of]), "made_of": made_of}
@@ -302,7 +301,7 @@ class Run:
         tokenizers = Tokenizers.load(self.folder / "tokenizers")
 
         def read(sources) -> PackedLoader:
-            sources = [placed_source(self.folder, source) for source in sources]
+            sources = [source.placed(self.folder) for source in sources]
             loader = PackedLoader(sources, tokenizers, settings.rows, distributed.rank(), distributed.world(),
                                   self.config.seed, self.folder / "token_cache",
                                   max(1, self.config.data.workers // distributed.world()),
@@ -329,21 +328,6 @@ class Run:
             raise UserError(f"{name}: new_rows_steps is for a run that starts from other weights (model.init, "
                             "init_from) and adds rows to their vocabulary; leave it out")
         return tokenizers.vocab, loader, decoder
-
-
-def placed(folder: Path, path: str) -> str:
-    """A path of the configuration, which starts from the run's folder; an address stays."""
-    if is_remote(path):
-        return path
-    if ".." in Path(path).parts:  # the run's folder may not be there yet
-        return os.path.normpath(folder.resolve() / path)
-    return str(folder / path)
-
-
-def placed_source(folder: Path, source: Source) -> Source:
-    """A source whose paths start from the run's folder."""
-    paths = {name: getattr(source, name) for name in ("path", "valid_path", "wordings")}
-    return source.model_copy(update={name: placed(folder, path) for name, path in paths.items() if path is not None})
 
 
 def _settings(model: BaseModel) -> dict:

@@ -41,6 +41,13 @@ def is_remote(source) -> bool:
     return "://" in str(source)
 
 
+def placed(folder: Path, path: str) -> str:
+    """A path that starts from a folder, which need not be there yet, as it is found from here; an address stays."""
+    if is_remote(path):
+        return path
+    return os.path.normpath(folder.resolve() / path) if ".." in Path(path).parts else str(folder / path)
+
+
 def shown(source) -> str:
     """A source as messages show it: without user, password and query, which may be secret."""
     source = str(source)

@@ -23,13 +23,14 @@ from samples import (
 from onevocab.common.errors import UserError
 from onevocab.data.codes import tokenize_shards
 from onevocab.data.documents import codes_document
-from onevocab.data.loader import LoaderConfig, LossWeights, PackedLoader, Source
+from onevocab.data.loader import LoaderConfig, LossWeights, PackedLoader
 from onevocab.data.packing import pack
 from onevocab.data.shards.format import (
     codes_to_npy,
     list_shards,
     read_shard,
 )
+from onevocab.data.source import Source
 from onevocab.tokenizers.document import Document, Segment
 
 # ------------------------------------------------------------------------------------------------ packing

@@ -10,8 +10,9 @@ from test_loader import CONFIG, same
 from onevocab.common.errors import UserError
 from onevocab.data.documents import codes_document
 from onevocab.data.held_out import limits
-from onevocab.data.loader import PackedLoader, Source
+from onevocab.data.loader import PackedLoader
 from onevocab.data.shards.format import list_shards, read_shard
+from onevocab.data.source import Source
 from onevocab.data.token_cache import HASHES
 from onevocab.data.turns import WordingsFile
 from onevocab.tokenizers.document import conversation

@@ -95,6 +95,22 @@ def test_what_is_asked_is_what_the_loader_holds_out(tmp_path):
     assert held.decoded == len(held.documents) == len(texts)
 
 
+def test_raw_shards_of_one_name_and_a_limit_of_ones_own(tmp_path):
+    """Their codes have other names than they; a source of raw media has bad samples still, as many as [data] allows."""
+    run = run_with(tmp_path / "run", "image")
+    for folder in ("one", "two"):
+        with ShardWriter(run / folder, "s", 20) as writer:
+            for i, members in enumerate(pairs(20)):
+                writer.write(f"{folder}{i:05d}", members if i else {"png": b"no picture", "txt": b"a"})
+    tokenizers, data = Tokenizers.load(run / "tokenizers"), {"shards": ["one", "two"], "max_bad_fraction": 0.3}
+    shards = [run / "one" / "s-000000.tar", run / "two" / "s-000000.tar"]
+    tokenize_shards(shards, run / "codes", tokenizers, progress=False, max_bad_fraction=0.3)
+    for path in ("codes", "one"):
+        settings = {"data": data, "instruct": {"sources": [{"path": path, "valid": 0.4}], "loader": {"seq_len": 256}}}
+        held = read_held_out(run, settings, tokenizers)
+        assert held.documents and held.decoded == 0
+
+
 def test_sounds_conversations_and_texts(tmp_path, capsys):
     talk = [{"json": as_json({"messages": [say("user", image(), text("which?")), say("assistant", text(f"the {i}"))]}),
              "0.png": picture(i)} for i in range(20)]
