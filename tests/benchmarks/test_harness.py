@@ -56,6 +56,7 @@ def test_runs_as_a_command_and_writes_table_and_picture(tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
     """With nothing of the project installed, and neither pydantic nor matplotlib."""
     script = textwrap.dedent(f"""

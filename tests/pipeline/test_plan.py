@@ -56,10 +56,10 @@ def measured_peak(step) -> int:
 
 
 @pytest.mark.parametrize(("config", "precision", "recompute"), [
-    (SHAPES[0], "float32", False), (SHAPES[1], "float32", False), (SHAPES[0], "bfloat16", True),
+    (SHAPES[0], "float32", False), (SHAPES[1], "float32", False),
     *(pytest.param(*rest, marks=pytest.mark.slow) for rest in (
         (SHAPES[0], "bfloat16", False), (SHAPES[1], "bfloat16", False), (SHAPES[0], "float32", True),
-        (SHAPES[1], "float32", True), (SHAPES[1], "bfloat16", True)))])
+        (SHAPES[1], "float32", True), (SHAPES[0], "bfloat16", True), (SHAPES[1], "bfloat16", True)))])
 def test_memory_is_what_is_measured(config, precision, recompute):
     vocabulary, rows, length = 3072, 16, 256
     module = NextTokenLoss(Decoder(config, vocabulary), 1e-5)

@@ -7,6 +7,7 @@ from onevocab.kernels import tuning
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference
 
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+LENGTHS = [1, 17, 63, 65, pytest.param(129, marks=pytest.mark.slow)]  # seconds each under the interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def check(leaves, mask, scale=None, rounding=0.0):
     return ours
 
 
-@pytest.mark.parametrize("length", [1, 17, 63, 65, 129])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("heads,kv_heads,dim", [(2, 2, 16), (2, 1, 32), (4, 1, 64)])
 def test_packed_documents(length, heads, kv_heads, dim):
     mask = IntervalMask.causal(documents(length))
@@ -74,12 +75,12 @@ def test_packed_documents(length, heads, kv_heads, dim):
     assert (out.transpose(1, 2)[padding] == 0).all() and (dq.transpose(1, 2)[padding] == 0).all()
 
 
-@pytest.mark.parametrize("length", [1, 17, 63, 65, 129])
+@pytest.mark.parametrize("length", LENGTHS)
 def test_without_a_mask_it_is_causal(length):
     check(qkv(2, 1, length, length, 16), None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("heads,kv_heads,dim", [(2, 2, 64), (4, 1, 32)])
 def test_half_precision(dtype, heads, kv_heads, dim):
     check(qkv(heads, kv_heads, 65, 65, dim, dtype=dtype), IntervalMask.causal(documents(65)))
@@ -96,7 +97,7 @@ def test_block_sizes(block_q, block_k):
         check(qkv(2, 1, 100, 100, 16), IntervalMask.causal(documents(100)))
 
 
-@pytest.mark.parametrize("length", [48, 65, 130])
+@pytest.mark.parametrize("length", [48, *(pytest.param(long, marks=pytest.mark.slow) for long in (65, 130))])
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2)])
 def test_shared_prefix(length, heads, kv_heads):
     """A picture and questions: the prefix ends within a block, one document sees none, another comes before it."""
@@ -107,7 +108,8 @@ def test_shared_prefix(length, heads, kv_heads):
     check(qkv(heads, kv_heads, length, length, 16), IntervalMask.shared_prefix(document, prefix))
 
 
-@pytest.mark.parametrize("window,sinks", [(1, 0), (16, 0), (17, 1), (5, 4), (70, 9)])
+@pytest.mark.parametrize("window,sinks", [(1, 0), (17, 1), (70, 9), *(
+    pytest.param(*rest, marks=pytest.mark.slow) for rest in ((16, 0), (5, 4)))])
 def test_windows_and_sinks(window, sinks):
     check(qkv(2, 1, 97, 97, 16), IntervalMask.windowed(documents(97), window, sinks))
 
