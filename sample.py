@@ -13,7 +13,7 @@ from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError, cli
 from onevocab.common.paths import path_argument
 from onevocab.generation.chat import Chat, say
-from onevocab.generation.context import why_cut
+from onevocab.generation.context import remark
 from onevocab.generation.files import load_part, write_new
 from onevocab.generation.terminal import printable, show, way_to_show
 from onevocab.tokenizers.modalities import MODALITIES
@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             for value in values:
                 print(write_new(out, name, value))
                 print(show(name, value, way), end="")
-        if reply.finish_reason == "length":
-            say(f"note: {why_cut(model, reply, arguments.want, arguments.max_new_tokens)}")
+        if note := remark(model, reply, arguments.want, arguments.max_new_tokens):
+            say(f"note: {note}")
 
 
 if __name__ == "__main__":

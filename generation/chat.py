@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onevocab.common.errors import UserError
-from onevocab.generation.context import fit, why_cut
+from onevocab.generation.context import fit, remark
 from onevocab.generation.files import completions, dropped_files, load_part, paths_of, write_new
 from onevocab.generation.terminal import edit_lines, printable, show, way_to_show
 from onevocab.tokenizers.document import Segment
@@ -192,8 +192,8 @@ class Chat:
                 elif event.kind == "reply":
                     said = event.value.segments or [Segment("text", "")]
                     print(flush=True)
-                    if event.value.finish_reason == "length":
-                        say(f"({why_cut(self.model, event.value, want, limit)})")
+                    if note := remark(self.model, event.value, want, limit):
+                        say(f"({note})")
         except KeyboardInterrupt:
             if not self.interactive:
                 raise

@@ -57,8 +57,12 @@ def fit(model, prompt, want: str = "any", max_new_tokens: int | None = None) -> 
     return Fitted(kept, len(gone), taken, model.context_length - taken, reserved)
 
 
-def why_cut(model, reply, want: str = "any", max_new_tokens: int | None = None) -> str:
-    """What ended a reply whose finish_reason is "length", in words, with what can be done."""
+def remark(model, reply, want: str = "any", max_new_tokens: int | None = None) -> str | None:
+    """What a reader of a reply must be told: that it was cut (its finish_reason is "length"), by what, and what can be
+    done; or that there is nothing in it. None where it is whole."""
+    if reply.finish_reason != "length":
+        empty = not any(part.modality != "text" or part.content for part in reply.segments)
+        return "the answer is empty; ask in other words, or at a higher temperature" if empty else None
     allowed = model.longest_reply(want) if max_new_tokens is None else max_new_tokens
     if reply.prompt_tokens + allowed >= model.context_length:
         return (f"the answer was cut: its {len(reply.ids)} tokens and the prompt's {reply.prompt_tokens} fill the "

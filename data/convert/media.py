@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,15 @@ def check(content: bytes, name: str, suffix: str | None = None) -> Part:
         raise Dropped("unreadable media", f"{name}: {error}") from None
 
 
+@lru_cache(maxsize=8)
+def names_in(folder: Path) -> tuple[str, ...]:
+    """Sorted; none of a folder that cannot be read."""
+    try:
+        return tuple(sorted(os.listdir(folder)))
+    except (OSError, ValueError):  # a name that no file system takes
+        return ()
+
+
 class MediaFolder:
     """The folder below which records' files lie. frames: at most so many of a video; follow_links: whether links may
     lead out of it. Raises UserError when there is no such folder."""
@@ -104,7 +114,13 @@ class MediaFolder:
                         if not self.follow_links and leads_out(path, self.root):
                             raise Dropped("unsafe path", f"{name} is {OUTSIDE}")
                         return path
-        raise Dropped("missing media", f"no {name} below {self.root}")
+        near = self._spelled_otherwise(os.path.join("", *steps))
+        raise Dropped("missing media", f"no {name} below {self.root}" + (f", but {near}" if near else ""))
+
+    def _spelled_otherwise(self, below: str) -> str | None:
+        """A file that differs in capitals alone: one name where the records were made, two here."""
+        folder, name = os.path.split(below)
+        return next((found for found in names_in(self.root / folder) if found.casefold() == name.casefold()), None)
 
     def parts(self, *names: str) -> list[Part]:
         """The first of these files that is there, checked: a picture or a sound as one part, a video as its frames,

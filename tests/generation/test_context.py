@@ -9,8 +9,8 @@ from PIL import Image
 from tiny import tiny_decoder, tiny_tokenizers
 
 from onevocab.common.errors import UserError
-from onevocab.generation import AnyToAny
-from onevocab.generation.context import fit, reserve, why_cut
+from onevocab.generation import AnyToAny, Reply
+from onevocab.generation.context import fit, remark, reserve
 from onevocab.generation.files import completions, write_new
 from onevocab.tokenizers.document import Segment
 from onevocab.tokenizers.grammar import Grammar
@@ -119,10 +119,12 @@ def test_what_cut_it_is_named(model):
     prompt = "1" * 140
     reply = next(reply for seed in range(20) if (reply := model.generate(prompt, "text", seed=seed)).finish_reason ==
                  "length")
-    assert f"its {len(reply.ids)} tokens and the prompt's {reply.prompt_tokens} fill the context of 160" in why_cut(
+    assert f"its {len(reply.ids)} tokens and the prompt's {reply.prompt_tokens} fill the context of 160" in remark(
         model, reply, "text")
     reply = model.generate("a", "text", max_new_tokens=1)
-    assert why_cut(model, reply, "text", 1).startswith("the answer was cut at 1 new tokens; raise max_new_tokens")
+    assert remark(model, reply, "text", 1).startswith("the answer was cut at 1 new tokens; raise max_new_tokens")
+    assert remark(model, Reply()).startswith("the answer is empty")
+    assert remark(model, Reply(text="a", segments=[Segment("text", "a")])) is None
 
 
 def test_an_interrupted_file_is_not_left_half_written(tmp_path, monkeypatch):

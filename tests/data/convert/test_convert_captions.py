@@ -105,6 +105,10 @@ def test_addresses(tmp_path):
                  "b.png?w=1"):
         with pytest.raises(Dropped, match="missing media"):
             media.find(name)
+    for name in ("P/c.png", "p/C.PNG"):
+        with pytest.raises(Dropped) as dropped:
+            media.find(name)
+        assert ("but c.png" in dropped.value.detail) == (name == "p/C.PNG")
 
 
 def test_coco_boxes(tmp_path):
