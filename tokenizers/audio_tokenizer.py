@@ -36,6 +36,9 @@ class AudioConfig(AutoencoderConfig):
     learning_rate: float = Field(2e-3, gt=0, description="AdamW's, for vectors; Muon's, for matrices, is five "
                                  "times as high")
     augment: AudioAugment = AudioAugment()
+    denoise: float = Field(0.0, ge=0, le=1, description="share of the pieces that the tokenizer learns to make from "
+                           "altered ones, as [audio.augment] alters them: equal words then get equal codes through "
+                           "noise, at some cost to what is made from them")
 
 
 class AudioTokenizer(GridAutoencoder):
@@ -118,10 +121,10 @@ class AudioTokenizer(GridAutoencoder):
         return int(self.config.max_seconds * self.columns_per_second), self.config.rows
 
     def training_set(self, files: Iterable[bytes]) -> torch.Tensor:
-        """Files -> log-mel pieces of `clip_seconds`, float (n, 2, mels, frames): as they are heard, altered for a share
-        of them as [audio.augment] says, so that equal words get equal codes through noise; and as they are. The mean
-        and deviation of the latter then standardise every sound. Equal files count once, unreadable ones are left out;
-        short sounds are padded with silence, of long ones each piece is taken."""
+        """Files -> log-mel pieces of `clip_seconds`, float (n, 2, mels, frames): each as it is heard, altered in
+        `denoise` of them, and as it is. The mean and deviation of the latter then standardise every sound. Equal files
+        count once, unreadable ones are left out; short sounds are padded with silence, of long ones each piece is
+        taken."""
         columns = max(1, round(self.config.clip_seconds * RATE / HOP / self.config.column_frames))
         length, pieces = columns * self.config.column_frames * HOP, []
         for content in dict.fromkeys(files):
@@ -141,8 +144,9 @@ class AudioTokenizer(GridAutoencoder):
         return mels
 
     def _altered_in_place(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A prepared sound as `augmented` may alter it, of the same length and in the same places."""
-        if rng.random() >= self.config.augment.probability:
+        """A prepared sound, or for `denoise` of them the same as [audio.augment] alters it, of the same length and in
+        the same places."""
+        if rng.random() >= self.config.denoise:
             return samples
         return sound.prepare(augment(samples, RATE, self.config.augment, rng), RATE, self.config.loudness, trim=False)
 
