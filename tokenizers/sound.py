@@ -15,6 +15,7 @@ LOUDNESS = -20.0  # dB of full scale: of the frames that are heard, as ITU-T P.5
 SOUNDING, SILENT = 30.0, 40.0  # dB below the loudest frame: down to the first it counts as heard, below the second not
 MARGIN = 0.05  # seconds of (near) silence that are left, or added, at both ends
 FRAME = 0.02  # seconds
+EDGE = MARGIN + FRAME / 2  # seconds: most of a prepared sound that lies before, or after, all that is heard
 OFFSET = 0.1  # of its RMS: a mean above this is the microphone's or the converter's, which nobody hears
 QUIETEST = 1e-5  # level below which there is nothing to make louder: a 16-bit file's last bit is 3e-5
 

@@ -83,6 +83,20 @@ def test_silence_does_not_count_as_length():
     assert len(AudioTokenizer(AudioConfig(max_seconds=8)).read((long, RATE))) < 8 * RATE
 
 
+@pytest.mark.parametrize("seconds", [0.95, 1.0])
+def test_a_sound_of_the_longest_length_is_heard_altered_or_not(seconds):
+    """Its margins of silence give way, not the sound."""
+    clip = np.random.default_rng(0).normal(0, 0.1, int(seconds * RATE)).astype(np.float32)
+    tokenizer = AudioTokenizer(AudioConfig(max_seconds=1.0, augment=AudioAugment(probability=1.0)))
+    assert len(tokenizer.read((clip, RATE))) == RATE
+    for seed in range(12):
+        assert len(tokenizer.read(tokenizer.augmented((clip, RATE), np.random.default_rng(seed)))) <= RATE
+        silent = np.pad(clip[: RATE // 2], RATE), RATE  # too long only by what is cut
+        assert len(tokenizer.read(tokenizer.augmented(silent, np.random.default_rng(seed)))) <= RATE
+    with pytest.raises(UserError, match="longer than"):
+        tokenizer.read((np.tile(clip, 2), RATE))
+
+
 def test_augmentation_keeps_the_sound_and_its_length_within_the_limit():
     config = AudioAugment(probability=1.0)
     for seed in range(40):
