@@ -1,6 +1,7 @@
 """Pictures and sounds as files: everything that arrives is checked before it is decoded."""
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     More than 8 bits are brought to 8, where Pillow would cut them off at 255: 32-bit integers above 255 count as 16-bit
     ones, floats as 0..1, or as 0..255 if one is above 1. Raises UserError on values outside of these.
     """
-    image = ImageOps.exif_transpose(image)
+    with suppress(Exception):  # Pillow raises many kinds on broken EXIF, which then says nothing about the picture
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
     if image.mode in ("La", "RGBa"):  # premultiplied
