@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json
 from onevocab.generation.sampling import Sampling
+from onevocab.tokenizers.modalities import MODALITIES
 
 FILE = "generation.json"
 
@@ -42,8 +43,8 @@ class GenerationDefaults(BaseModel):
         chosen = self.model_dump()
         for name, value in given.items():
             if isinstance(value, dict):
-                usual = chosen[name] if isinstance(chosen[name], dict) else {}
-                value = usual | value
+                usual = chosen[name]
+                value = (usual if isinstance(usual, dict) else dict.fromkeys(("text", *MODALITIES), usual)) | value
             if value is not None:
                 chosen[name] = value
         return Sampling(seed=seed, **chosen)

@@ -35,6 +35,8 @@ def test_what_is_given_wins_and_the_rest_stays():
     defaults = GenerationDefaults(**OURS)
     assert defaults.sampling(temperature=0.7).temperature == 0.7
     assert defaults.sampling(temperature={"image": 1.0}).temperature == {"text": 0.0, "image": 1.0}
+    one_for_all = GenerationDefaults(temperature=0.3).sampling(temperature={"image": 1.0})
+    assert one_for_all.temperature_of("text") == 0.3 and one_for_all.temperature_of("image") == 1.0
     assert defaults.sampling(top_k=0).top_k == 0 and defaults.sampling(top_k=None).top_k == 5
 
 
