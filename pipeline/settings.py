@@ -43,6 +43,8 @@ def settings_of(annotation, before: str = "") -> Iterator[tuple[str, FieldInfo]]
 def unknown(model, key: str, flag: str = "") -> str:
     """What to say of a key that there is not: which was meant, by its spelling or by its place, or which there are."""
     keys = [path for path, _ in settings_of(model)]
+    if key in keys:
+        return "this is a key of another kind than the one that is chosen here"
     section, _, last = key.rpartition(".")
     here = [path for path in keys if path.rpartition(".")[0] == section]
     near = get_close_matches(last, [path.rpartition(".")[2] for path in here], 1)
@@ -65,15 +67,15 @@ def overrides(model: type[BaseModel], words: list[str]) -> dict[tuple[str, ...],
         flag, equals, text = word.partition("=")
         if not flag.startswith("--") or flag == "--":
             raise UserError(f"{word!r} is not expected here: settings are written as --section.key=value")
-        path, field = _find(model, flag)
-        if fields_of(field.annotation) and not text.startswith("{") and not is_list(field.annotation):
+        path, annotation = _find(model, flag)
+        if fields_of(annotation) and not text.startswith("{") and not is_list(annotation):
             raise UserError(f"{flag} is a section; set one of its keys: "
-                            + ", ".join(f"{flag}.{name}" for name in fields_of(field.annotation)))
-        if not equals and bool in parts_of(field.annotation):
+                            + ", ".join(f"{flag}.{name}" for name in fields_of(annotation)))
+        if not equals and bool in parts_of(annotation):
             text = "false" if path[-1] != flag.rpartition(".")[2].removeprefix("--").replace("-", "_") else "true"
         elif not equals:
             values = []
-            while words and not words[0].startswith("--") and (is_list(field.annotation) or not values):
+            while words and not words[0].startswith("--") and (is_list(annotation) or not values):
                 values.append(words.pop(0))
             if not values:
                 raise UserError(f"{flag}: its value is missing; write {flag}=VALUE")
@@ -81,13 +83,13 @@ def overrides(model: type[BaseModel], words: list[str]) -> dict[tuple[str, ...],
             if len(values) > 1:
                 found[path] = values, word
                 continue
-        found[path] = _value(text, field.annotation, word), word
+        found[path] = _value(text, annotation, word), word
     return found
 
 
-def _find(model, flag: str) -> tuple[tuple[str, ...], FieldInfo]:
-    """The place and field of `--a.b`, or of `--a.no-b` where b is a switch. Raises UserError."""
-    names, annotation, field = flag.removeprefix("--").replace("-", "_").split("."), model, None
+def _find(model, flag: str) -> tuple[tuple[str, ...], type]:
+    """The place and type of `--a.b`, or of `--a.no-b` where b is a switch. Raises UserError."""
+    names, annotation = flag.removeprefix("--").replace("-", "_").split("."), model
     for at, name in enumerate(names):
         fields = {} if is_list(annotation) else fields_of(annotation)
         if is_list(annotation) and name.isdecimal():  # one of a list of sections: --pretrain.sources.0.repeat
@@ -102,8 +104,8 @@ def _find(model, flag: str) -> tuple[tuple[str, ...], FieldInfo]:
             if near := get_close_matches(flag, ("--plan", "--help"), 1, 0.75):
                 raise UserError(f"{flag}: unknown; did you mean {near[0]}?")
             raise UserError(f"{flag}: {unknown(model, '.'.join(names), '--')}")
-        field, annotation = fields[name], fields[name].annotation
-    return tuple(names), field
+        annotation = fields[name].annotation
+    return tuple(names), annotation
 
 
 def _value(text: str, annotation, word: str):
@@ -119,21 +121,24 @@ def _value(text: str, annotation, word: str):
 
 
 def merge(data: dict, said: dict[tuple[str, ...], tuple[object, str]]) -> dict:
-    """What was said on the command line over a TOML's tables; nothing of `data` is changed."""
+    """What was said on the command line over a TOML's tables; nothing of `data` is changed. Raises UserError where the
+    TOML has no section, or too short a list, for it."""
     data = {**data}
     for path, (value, word) in said.items():
         here = data
-        for name in path[:-1]:
+        for at, name in enumerate(path, 1):
             if isinstance(here, list):
-                if not int(name) < len(here):
+                if not (name.isdecimal() and int(name) < len(here)):
                     raise UserError(f"{word}: there are {len(here)} of these, counted from 0")
-                here[int(name)] = dict(here[int(name)])
-                here = here[int(name)]
-                continue
-            inner = here.get(name)
-            here[name] = list(inner) if isinstance(inner, list | tuple) else dict(inner or {})
+                name = int(name)
+            if at == len(path):
+                here[name] = value
+                break
+            inner = here[name] if isinstance(here, list) else here.get(name, {})
+            if not isinstance(inner, dict | list | tuple):
+                raise UserError(f"{word}: {'.'.join(path[:at])} is no section in the file, but {inner!r}")
+            here[name] = dict(inner) if isinstance(inner, dict) else list(inner)
             here = here[name]
-        here[path[-1]] = value
     return data
 
 

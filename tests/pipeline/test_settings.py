@@ -55,6 +55,8 @@ def test_every_setting_is_described():
     ("--pretrain.sources.5.repeat=2", "--pretrain.sources.5.repeat=2: there are 1 of these"),
     ("--pretrain.sources.path=x", "--pretrain.sources.path: this is a list"),
     ("--image.quantizer.codebok_size=3", "did you mean --image.quantizer.codebook_size?"),
+    ("--pretrain.sources.0", "--pretrain.sources.0 is a section; set one of its keys: --pretrain.sources.0.path"),
+    ("--image.quantizer.kind=fsq", "image.quantizer.codebook_size: this is a key of another kind"),
 ])
 def test_a_mistake_on_the_command_line_is_one_line(words, said):
     with pytest.raises(UserError) as error:
@@ -117,3 +119,17 @@ def test_the_manual_names_every_key_and_fits_the_terminal(width, monkeypatch):
                  "--image.quantizer.codebook_size=64", "--plan.devices=1", "--pretrain.loader.seq_len=256"):
         assert any(shown.startswith(f"  {line}") for shown in lines), line
     assert "  --instruct.loader.loss.context_weight=0.0" in lines, "what differs from pretrain"
+
+
+def test_one_of_a_list_is_set_whole(tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(SMOKE.read_text().replace("[data]", '[data]\nshards = ["a", "b"]', 1))
+    config = read_config(path, ["--data.shards.1=c", '--pretrain.sources.0={path = "x"}'])
+    assert config.data.shards == ("a", "c") and config.pretrain.sources[0].path == "x"
+
+
+@pytest.mark.parametrize("section", ["model = 3", 'model = "abc"', "model = [1]"])
+def test_a_section_that_is_none_in_the_file_is_named(section, tmp_path):
+    (tmp_path / "my.toml").write_text(f'folder = "x"\n{section}\n')
+    with pytest.raises(UserError, match="--model.layers=2: (model is no section in the file|there are 1 of these)"):
+        read_config(tmp_path / "my.toml", ["--model.layers=2"])
