@@ -44,5 +44,4 @@ def limits(valid: list[float | None], apart: list[bool], shards: list[list[str]]
     for path in held_out_shards:
         if path in found:
             raise UserError(f"valid_path: {shown(path)} is trained on as well; name other shards")
-        found[path] = HASHES
-    return found
+    return found | dict.fromkeys(held_out_shards, HASHES)

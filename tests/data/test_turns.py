@@ -173,6 +173,8 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, tokenizers):
     apart = write_codes(tmp_path / "apart", tokenizers, samples[:5])
     own = PackedLoader(Source(path=str(codes), valid_path=str(apart)), tokenizers, CONFIG)
     assert own._counts == [total] and own._held.tolist() == [*range(total, total + 5)]
+    shared = PackedLoader([Source(path=str(codes), valid_path=str(apart))] * 2, tokenizers, CONFIG)
+    assert shared.summary()["held_out"] == 10, "two sources may name the same shards"
     with pytest.raises(UserError, match="trained on as well"):
         PackedLoader([Source(path=str(codes)), Source(path=str(apart), valid_path=str(codes))], tokenizers, CONFIG)
     with pytest.raises(ValueError, match="both set"):
