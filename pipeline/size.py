@@ -18,7 +18,7 @@ from onevocab.tokenizers.vocabulary import Vocabulary
 from onevocab.training.loop import NextTokenLoss
 from onevocab.training.plan import plan, si
 
-KEPT = 3  # checkpoints of a stage: two, and one that is being written
+KEPT = 3  # checkpoints of a stage: two, and one that is being written; and the best, where it is kept
 
 
 def vocabulary_of(config: RunConfig) -> tuple[Vocabulary, str]:
@@ -48,7 +48,8 @@ def check_disk(config: RunConfig, free: Callable[[Path], int] = lambda path: shu
     for name, stage in language_stages(config).items():
         if not (folder / name / "done.json").exists():
             there, saved = len(list_steps(folder / name)), -(-stage.steps // stage.save_every)
-            needed += max(min(KEPT, saved) - there, 1) * plan(model, 0.0, 0, stage.optimizer).checkpoint
+            come = max(min(KEPT, saved) + stage.keep_best - there, 1)
+            needed += come * plan(model, 0.0, 0, stage.optimizer).checkpoint
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if needed > (left := free(there)):
         raise UserError(f"the checkpoints of {folder} need {si(needed, 'B', 1024)} more, {there} has "

@@ -125,6 +125,9 @@ def test_a_disk_without_room_for_the_checkpoints(tmp_path):
     with pytest.raises(UserError, match="need .* more, .* left; free some space"):
         check_disk(config, free(round(3.9 * one)))
     assert asked[0] == tmp_path, "the folder that the run's will be in"
+    with pytest.raises(UserError):
+        check_disk(config_of(tmp_path, "--pretrain.save_every=1", "--pretrain.steps=100", "--pretrain.keep_best"),
+                   free(round(4.1 * one)))  # a fourth of pretrain: the best
     (tmp_path / "run" / "pretrain" / "step-1").mkdir(parents=True)
     (tmp_path / "run" / "instruct").mkdir()
     (tmp_path / "run" / "instruct" / "done.json").touch()
