@@ -8,7 +8,7 @@ they see no text.
 import copy
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from onevocab.evaluation.metrics import row
 from onevocab.generation.anytoany import STAGES
 from onevocab.tasks import Card, Item, Metric, Section, Session, Task
 from onevocab.tasks.registry import TaskModule
+from onevocab.tokenizers.autoencoder import GridAutoencoder
 from onevocab.tokenizers.document import Document, MediaFile
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.training.held_out import held_out_losses
@@ -46,6 +47,7 @@ def best_of(score):
 
 COMPARED = (("exact match", best_of(lambda one, other: float(metrics.normal(one) == metrics.normal(other)))),
             ("words shared (F1)", best_of(metrics.token_f1)), ("ROUGE-L", best_of(metrics.rouge_l)))
+MADE = (("replies that hold one", lambda answer, value: (float(value is not None), 1)),)  # nobody judges what it is
 
 
 class HeldOutTask(Task):
@@ -83,12 +85,12 @@ class HeldOutTask(Task):
 @dataclass
 class HeldOut:
     """loader: of the run's last stage; documents: the first of its held-out ones, media as `Modality.load` gives them;
-    files: of each modality, the bytes of their media and the values; decoded: how many media are seen through the
-    tokenizers alone, because the raw shards were not found; wordings: of the first source."""
+    files: of each modality {bytes of a medium: its value}; decoded: how many media are seen through the tokenizers
+    alone, because the raw shards were not found; wordings: of the first source."""
 
     loader: PackedLoader
     documents: list[Document]
-    files: dict[str, list[tuple[bytes, object]]]
+    files: dict[str, dict[bytes, object]]
     decoded: int
     wordings: object
 
@@ -109,7 +111,7 @@ def read_held_out(run: Path, settings: dict, tokenizers) -> HeldOut:
                           **allowed)
     samples = _samples(loader.held_out_samples()[:MOST])
     raw = _raw_documents(run, settings, {(local_name(shard), sample.key) for shard, sample in samples})
-    held = HeldOut(loader, [], defaultdict(list), 0, read_wordings(sources[0].wordings))
+    held = HeldOut(loader, [], defaultdict(dict), 0, read_wordings(sources[0].wordings))
     for shard, sample in samples:
         try:
             document = raw.get((local_name(shard), sample.key)) or document_of(sample)
@@ -159,7 +161,7 @@ def _open(name: str, file: MediaFile, tokenizers, held: HeldOut):
         held.decoded += 1
         return tokenizers.decode_media(name, npy_to_codes(file.content))
     value = MODALITIES[name].load(file.content)
-    held.files[name].append((file.content, value))
+    held.files[name][file.content] = value
     return value
 
 
@@ -172,14 +174,7 @@ def task_module(model, run: Path, settings: dict) -> TaskModule:
     if not held.documents:
         raise UserError(f"{run} holds no samples out, so there is nothing to evaluate; set `valid` of its sources, or "
                         "name tasks of your own ([evaluate] tasks)")
-    tasks = [task for name in model.tokenizers.media for task in _captions(held, name)]
-    if answers := _answers(held):
-        used = {part.modality for document in held.documents for part in document.media}
-        tasks.append(HeldOutTask("answers", "text", tuple(sorted(used)), answers, Section("Answers", "Of held-out "
-                                 "conversations, the last turn.")))
-    if not tasks:
-        tasks = [HeldOutTask("texts", "text", (), _beginnings(held), Section("Texts", "Held-out texts, continued from "
-                             "their first half."))]
+    tasks = [*_captions(held), *_answers(held)] or [*_beginnings(held, model), *_alone(held)]
 
     class OwnData(OwnDataSession):
         data, network = held, model.model
@@ -187,46 +182,76 @@ def task_module(model, run: Path, settings: dict) -> TaskModule:
     return TaskModule(tuple(tasks), OwnData)
 
 
-def _captions(held: HeldOut, name: str) -> list[Task]:
-    """Media of one modality described, and made from their texts; captions of one medium are references together."""
-    wordings, modality = getattr(held.wordings, name), MODALITIES[name]
-    references: dict[bytes, tuple[object, list[str]]] = {}
+def _captions(held: HeldOut) -> list[Task]:
+    """Media described, and one medium made from its text; captions of the same media are references together."""
+    found: dict[str, dict] = defaultdict(dict)  # modality, or "any" of several media -> {their bytes: (them, texts)}
     for document in held.documents:
-        parts = {part.modality: part.content for part in document.segments}
-        if not document.is_conversation and len(document.segments) == 2 and parts.keys() == {name, "text"}:
-            key = modality.to_shard(parts[name])
-            references.setdefault(key, (parts[name], []))[1].append(parts["text"])
-    if not references:
-        return []
-    about = [Item([{"role": "user", "content": [value, wordings.describe[number % len(wordings.describe)]]}], "text",
-                  {"references": texts}) for number, (value, texts) in enumerate(references.values())]
-    requests = [wordings.make[number % len(wordings.make)] for number in range(len(references))]
-    asked = [Item([{"role": "user", "content": [request.replace(CAPTION, texts[0])]}], name,
-                  {name: value, "references": texts})
-             for request, (value, texts) in zip(requests, references.values(), strict=True)]
-    made = (("replies that hold one", lambda answer, value: (float(value is not None), 1)),)
-    return [HeldOutTask(f"describe_{name}", "text", (name,), about, Section(f"Descriptions of {modality.plural}",
-                        "What the model says of held-out ones."), count="captions"),
-            HeldOutTask(f"make_{name}", name, (name,), asked, Section(f"Made from words: {modality.plural}", "From the "
-                        "text of held-out samples, which stand beside them. Nobody judges them: look."), made)]
+        media, parts = [part.content for part in document.media], [part.modality for part in document.segments]
+        if media and not document.is_conversation and parts.count("text") == 1 and "text" in (parts[0], parts[-1]):
+            name = document.media[0].modality if len(media) == 1 else "any"
+            key = tuple(MODALITIES[part.modality].to_shard(part.content) for part in document.media)
+            [text] = [part.content for part in document.segments if part.modality == "text"]
+            found[name].setdefault(key, (media, []))[1].append(text)
+    return [task for name, captioned in found.items() for task in _of_captions(held, name, [*captioned.values()])]
 
 
-def _answers(held: HeldOut) -> list[Item]:
-    """Conversations that end with the assistant's text."""
-    found = []
+def _of_captions(held: HeldOut, name: str, captioned: list[tuple[list, list[str]]]) -> list[Task]:
+    """captioned: (media, their texts); name: of their modality, "any" where each has several media."""
+    wordings, plural = getattr(held.wordings, name), "several media" if name == "any" else MODALITIES[name].plural
+    about = [Item([{"role": "user", "content": [*media, wordings.describe[number % len(wordings.describe)]]}], "text",
+                  {"references": texts}) for number, (media, texts) in enumerate(captioned)]
+    tasks = [HeldOutTask(f"describe_{name}", "text", _media(held) if name == "any" else (name,), about, Section(
+        f"Descriptions of {plural}", "What the model says of held-out ones."), count="captions")]
+    if name == "any":
+        return tasks
+    requests = [wordings.make[number % len(wordings.make)] for number in range(len(captioned))]
+    asked = [Item([{"role": "user", "content": [request.replace(CAPTION, texts[0])]}], name, {name: value})
+             for request, ([value], texts) in zip(requests, captioned, strict=True)]
+    return [*tasks, HeldOutTask(f"make_{name}", name, (name,), asked, Section(
+        f"Made from words: {plural}", "From the text of held-out samples, which stand beside them. Nobody judges them: "
+        "look."), MADE)]
+
+
+def _answers(held: HeldOut) -> list[Task]:
+    """Conversations whose last turn is the assistant's, a text or a medium."""
+    found: dict[str, list[Item]] = defaultdict(list)
     for document in held.documents:
         *before, (role, last) = document.turns
-        if role == "assistant" and before and [part.modality for part in last] == ["text"]:
+        if role == "assistant" and before and len(last) == 1:
             messages = [{"role": who, "content": [part.content for part in parts]} for who, parts in before]
-            found.append(Item(messages, "text", {"references": [last[0].content]}))
-    return found
+            want, right = last[0].modality, last[0].content
+            found[want].append(Item(messages, want, {"references": [right]} if want == "text" else {want: right}))
+    return [HeldOutTask("answers" if want == "text" else f"answers_{want}", want, _media(held), items, Section(
+        "Answers" if want == "text" else f"Answers: {MODALITIES[want].plural}", "Of held-out conversations, the last "
+        "turn."), COMPARED if want == "text" else MADE) for want, items in found.items()]
 
 
-def _beginnings(held: HeldOut) -> list[Item]:
-    """Texts, cut in the middle."""
-    texts = [document.segments[0].content for document in held.documents if len(document.segments) == 1]
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-    return [Item([{"role": "user", "content": [first]}], "text", {"references": [second]}) for first, second in halves]
+def _media(held: HeldOut) -> tuple[str, ...]:
+    return tuple(sorted({part.modality for document in held.documents for part in document.media}))
+
+
+def _beginnings(held: HeldOut, model) -> list[Task]:
+    """Texts, cut in the middle of what half a context holds."""
+    text, items = model.tokenizers.text, []
+    for document in held.documents:
+        if [part.modality for part in document.segments] == ["text"]:
+            ids = text.encode(document.segments[0].content)[: model.context_length // 2]
+            first, second = text.decode(ids[: len(ids) // 2]), text.decode(ids[len(ids) // 2 :])
+            items.append(Item([{"role": "user", "content": [first]}], "text", {"references": [second]}))
+    return [HeldOutTask("texts", "text", (), items, Section("Texts", "Held-out texts, continued from their first "
+                        "half."))] if items else []
+
+
+def _alone(held: HeldOut) -> list[Task]:
+    """Media without a word: more of their kind, made from an empty request."""
+    found: dict[str, list[Item]] = defaultdict(list)
+    for document in held.documents:
+        for part in document.media:
+            found[part.modality].append(Item([{"role": "user", "content": [""]}], part.modality,
+                                             {part.modality: part.content}))
+    return [HeldOutTask(f"make_{name}", name, (name,), items, Section(
+        f"Made from nothing: {MODALITIES[name].plural}", "Held-out ones stand beside them. Nobody judges them: look."),
+        MADE) for name, items in found.items()]
 
 
 class OwnDataSession(Session):
@@ -238,13 +263,13 @@ class OwnDataSession(Session):
     def reconstructions(self, count: int) -> tuple[list[dict], dict]:
         """The losses on held-out samples too."""
         rows, cards = self._losses(), []
-        for name, pairs in self.data.files.items():
+        for name, files in self.data.files.items():
             if name not in self.tokenizers.media:
                 continue
-            scores = []
-            for content, value in pairs[:count]:
+            scores, tokenizer = [], copy.deepcopy(self.tokenizers.media[name])  # a training set may set its statistics
+            for content, value in islice(files.items(), count):
                 [decoded] = self.through_tokenizer(name, [value])
-                score = self._psnr(name, content, MODALITIES[name].to_shard(decoded))
+                score = _psnr(tokenizer, content, MODALITIES[name].to_shard(decoded))
                 if score is not None:
                     scores.append((score, 1))
                     if len(scores) <= SHOWN:
@@ -263,12 +288,14 @@ class OwnDataSession(Session):
         return [{**row("held_out_loss", HELD_OUT, f"nats a token of {name}", losses[f"valid_loss_{name}"]), "n": held}
                 for name in names if f"valid_loss_{name}" in losses]
 
-    def _psnr(self, name: str, original: bytes, decoded: bytes) -> float | None:
-        """Of what the tokenizer's network sees of two files; the peak is the original's range."""
-        tokenizer = copy.deepcopy(self.tokenizers.media[name])  # a training set may set its statistics
-        one, other = (np.asarray(tokenizer.training_set([content]), np.float64) for content in (original, decoded))
-        n = min(len(one), len(other))
-        if not n:
-            return None
-        error = np.mean((one[:n] - other[:n]) ** 2)
-        return float(min(100.0, 10 * np.log10(max(np.ptp(one), 1e-9) ** 2 / max(error, 1e-12))))
+
+def _psnr(tokenizer, original: bytes, decoded: bytes) -> float | None:
+    """Of what the tokenizer's network is to make of two files; the peak is the original's range."""
+    one, other = (np.asarray(tokenizer.training_set([content]), np.float64) for content in (original, decoded))
+    n = min(len(one), len(other))
+    if not n:
+        return None
+    if isinstance(tokenizer, GridAutoencoder):  # without what it is made from, which may be altered
+        one, other = one[:, -tokenizer.channels :], other[:, -tokenizer.channels :]
+    error = np.mean((one[:n] - other[:n]) ** 2)
+    return float(min(100.0, 10 * np.log10(max(np.ptp(one), 1e-9) ** 2 / max(error, 1e-12))))

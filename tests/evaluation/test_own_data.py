@@ -2,6 +2,7 @@
 
 import io
 import json
+import tomllib
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from onevocab.data.codes import tokenize_shards
 from onevocab.data.shards.writer import ShardWriter
 from onevocab.evaluation import metrics
 from onevocab.evaluation.__main__ import main
-from onevocab.evaluation.own_data import read_held_out
+from onevocab.evaluation.own_data import read_held_out, task_module
+from onevocab.generation import AnyToAny
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.media import encode_audio, encode_png
 
@@ -88,8 +90,9 @@ def test_what_is_asked_is_what_the_loader_holds_out(tmp_path):
     assert len(texts) == len(held.loader._held) and not held.decoded
     spelled = {tokenizers.decode(held.loader._cache[number][0]).segments[1].content for number in held.loader._held}
     assert set(texts) == spelled
-    originals = [Image.open(io.BytesIO(content)).tobytes() for content, _ in held.files["image"]]
-    assert originals == [document.segments[0].content.tobytes() for document in held.documents]
+    originals = [Image.open(io.BytesIO(content)).tobytes() for content in held.files["image"]]
+    shown = [document.segments[0].content.tobytes() for document in held.documents]
+    assert originals == list(dict.fromkeys(shown)) and len(originals) < len(shown), "a picture of two captions once"
     # Without the raw shards their codes are decoded, and that is counted.
     held = read_held_out(run, settings | {"data": {"shards": ["elsewhere"]}}, tokenizers)
     assert held.decoded == len(held.documents) == len(texts)
@@ -121,6 +124,35 @@ def test_sounds_conversations_and_texts(tmp_path, capsys):
     texts = [{"txt": f"{i} green bottles hanging on the wall".encode()} for i in range(40)]
     found = evaluated(own_run(tmp_path / "b", texts), capsys)
     assert {"texts", "held_out_loss"} <= {key[0] for key in found}
+
+
+def asked(folder, samples, *media: str) -> dict:
+    """The tasks of such a run by their names."""
+    run = own_run(folder, samples, *media)
+    module = task_module(AnyToAny.load(run), run, tomllib.loads(CONFIG))
+    return {task.name: task for task in module.tasks}
+
+
+def test_whatever_is_held_out_there_is_something_to_ask(tmp_path):
+    both = [{"png": picture(i), "flac": sound(i), "txt": f"{COLOURS[i % 6]} {i}".encode()} for i in range(20)]
+    tasks = asked(tmp_path / "both", both, "image", "audio")
+    assert tasks.keys() == {"describe_any"} and len(tasks["describe_any"].found[0].messages[0]["content"]) == 3
+    draw = [{"json": as_json({"messages": [say("user", text(f"draw {i}")), say("assistant", image())]}),
+             "0.png": picture(i)} for i in range(20)]
+    tasks = asked(tmp_path / "draw", draw, "image")
+    assert tasks.keys() == {"answers_image"} and tasks["answers_image"].right(tasks["answers_image"].found[0]).size
+    alone = [{"png": picture(i)} if i % 2 else {"txt": f"{i} green bottles on the wall".encode()} for i in range(40)]
+    tasks = asked(tmp_path / "alone", alone, "image")
+    assert tasks.keys() == {"texts", "make_image"}
+    assert all(isinstance(item.messages[0]["content"][0], str) for task in tasks.values() for item in task.found)
+
+
+def test_media_without_words_and_texts_longer_than_the_context(tmp_path, capsys):
+    found = evaluated(own_run(tmp_path / "a", [{"png": picture(i)} for i in range(20)], "image"), capsys)
+    assert found["make_image", "replies that hold one"]["value"] == 1.0
+    book = [{"txt": f"chapter {i} {'and so on ' * 300}".encode()} for i in range(20)]
+    found = evaluated(own_run(tmp_path / "b", book), capsys)
+    assert found["texts", "ROUGE-L"]["n"] > 0
 
 
 def test_a_run_that_holds_nothing_out(tmp_path):
