@@ -8,6 +8,7 @@ than 60 times.
 """
 
 import os
+import shlex
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -202,7 +203,9 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
         sections[name] = config.model_copy(update={"steps": steps})
     lengths = document_lengths(found, tokenizers, text)
     most = 4096 if gpu else 1024
-    length = min(most, max(128, round_up(float(np.quantile(lengths, 0.995, method="higher")), 64)))
+    least = max([128, *(int(np.prod(tokenizer.max_grid)) + TURNS for name, tokenizer in tokenizers.items()
+                        if MODALITIES[name].sized)])  # a row holds any medium that is whole, however rare it is
+    length = max(round_up(least, 64), min(most, round_up(float(np.quantile(lengths, 0.995, method="higher")), 64)))
     rows = max(2, (65_536 if gpu else 2048) // length // 2 * 2)
     vocabulary = Tokenizers(text, tokenizers).vocab.size
     budget = minutes * 60 * (1 - share * len(media)) / 2  # seconds of a language stage
@@ -269,8 +272,8 @@ def new_configuration(words: list[str]) -> None:
     config, why = choose(look(shards), given.shards, folder, given.minutes)
     text = commented_toml(config, ("folder", "seed", "data", "text", *config.modalities), LEFT_OUT)
     head = "".join(f"# {line}.\n" for line in (f"Written by train.py --new from {', '.join(given.shards)}", *why))
-    write_atomic(given.new, f"{head}# Train: torchrun train.py {given.new}\n\n{text}")
+    write_atomic(given.new, f"{head}# Train: torchrun train.py {shlex.quote(str(given.new))}\n\n{text}")
     if read_config(given.new, []) != config:
         raise AssertionError(f"{given.new} does not say what was chosen")
     print("\n".join(why))
-    print(f"wrote {given.new}; next: torchrun train.py {given.new}")
+    print(f"wrote {given.new}; next: torchrun train.py {shlex.quote(str(given.new))}")
