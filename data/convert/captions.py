@@ -6,6 +6,7 @@ A medium and a caption become a plain document of two parts; a file with several
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,26 @@ def _units(options) -> list[Path]:
         return tables.files_of(options)
     described = sorted(options.source / place / name for place, names in walk(options) for name in names
                        if name.startswith("metadata.") and tables.kind_of(Path(name)) in tables.TABLES)
-    return [path for path in described if _names_files(path, options)] or [options.source]
+    described = [path for path in described if _names_files(path, options)]
+    if described:
+        _pass_over_unnamed(described, options)
+    return described or [options.source]
+
+
+def _pass_over_unnamed(described: list[Path], options) -> None:
+    """Media of a folder with tables whose name stands in none of these are counted."""
+    named = set()
+    for path in described:
+        with suppress(Dropped):  # it is counted when it is read
+            for _, record in _records(path):
+                file = None if not isinstance(record, dict) else field_of(
+                    record, *[options.map["file"]] if "file" in options.map else FILES)
+                file = file.get("path") if isinstance(file, dict) else file
+                if isinstance(file, str):
+                    last = unicodedata.normalize("NFC", re.split(r"[/\\]", file.strip())[-1])
+                    named |= {last, last.partition("?")[0]}
+    options.passed_over |= {str(Path(place, name)): Dropped("in no table") for place, names in walk(options)
+                            for name in names if kind_of(name) and unicodedata.normalize("NFC", name) not in named}
 
 
 def _names_files(path: Path, options) -> bool:

@@ -26,6 +26,7 @@ from onevocab.data.shards.format import MAX_MEMBER
 from onevocab.tokenizers.document import Part
 from onevocab.tokenizers.media import encode_audio
 from onevocab.tokenizers.modalities import MODALITIES
+from onevocab.tokenizers.sound import to_mono
 
 VIDEO = "video"  # no modality: it becomes pictures, sounds and texts
 _SUFFIXES = {modality.name: modality.suffixes for modality in MODALITIES.values()} | {
@@ -180,13 +181,10 @@ def from_base64(text: str) -> bytes:
 
 
 def _sound(samples, rate) -> Part:
-    """A decoded sound: numbers in -1..1, of one channel or a list of channels. Raises Dropped."""
+    """A decoded sound, as `to_mono` takes it. Raises Dropped."""
     try:
-        samples = np.asarray(samples)
-        if samples.dtype.kind != "f" or not 1 <= samples.ndim <= 2 or not np.isfinite(samples).all():
-            raise ValueError("not all of its samples are fractions")
-        content = encode_audio(samples if samples.ndim == 1 else samples.mean(axis=0), rate)
-    except (TypeError, ValueError, RuntimeError) as error:
+        content = encode_audio(to_mono(np.asarray(samples)), rate)
+    except (UserError, TypeError, ValueError, RuntimeError) as error:
         raise Dropped("unreadable media", f"a decoded sound ({error})") from None
     modality, medium = check(content, "a decoded sound", "")
     return modality, replace(medium, reencoded=True)

@@ -91,3 +91,11 @@ def test_names_with_dots(tmp_path, kind):
     expected = [plain(png(0), "may"), plain(png(1), "june"), plain(png(2), "deep")]
     assert samples == expected + [plain(png(3), "drawn")] * (kind == "img2dataset")
     assert report.dropped == ({"missing media": 2} if kind == "img2dataset" else {})
+
+
+def test_media_that_no_table_names_are_counted(tmp_path):
+    rows = [("file_name", "text"), ("a/0.png", "a dog"), ("https://host.org/cafe\u0301.png?w=3", "a cat")]
+    put(tmp_path / "in", {"metadata.csv": "\n".join(map(",".join, rows)).encode(), "a/0.png": png(0), "a/1.png": png(1),
+                          "host.org/caf\u00e9.png": png(2), "a/notes.txt": b"x"})
+    report = convert("captions", tmp_path / "in", tmp_path / "out", progress=False)
+    assert report.samples == 2 and report.dropped == {"in no table": 1} and report.first["in no table"][0] == "a/1.png"

@@ -107,6 +107,11 @@ def test_decoded_sounds():
         samples, rate = soundfile.read(io.BytesIO(medium.content))
         assert medium.ending == "flac" and medium.reencoded and rate == 16000
         assert len(samples) == length and np.allclose(samples, sound, atol=1e-4)
+    # Prepared as any other sound: integers scaled, channels found wherever they stand, none of them cancelled out.
+    whole = (np.array(sound) * 32767).astype(np.int16)
+    for array in (whole, np.stack([whole, whole], 1), [sound, [-value for value in sound]]):
+        (_, medium), = take({"path": "gone.wav", "array": array, "sampling_rate": 16000})
+        assert np.allclose(soundfile.read(io.BytesIO(medium.content))[0], sound, atol=1e-3)
     for array, rate in (([0.0] * 6010, 10), ([], 16000), ([0.1, float("nan")], 16000), ([3, 4], 16000), ([0.1], None),
                         ([[0.1], []], 16000), ("x", 16000), ([0.1], -1)):
         with pytest.raises(Dropped, match="unreadable media"):
