@@ -19,7 +19,7 @@ import torch
 from onevocab.common import provenance
 from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError
-from onevocab.common.files import write_atomic
+from onevocab.common.files import check_writable, write_atomic
 from onevocab.common.paths import expand_home, path_argument
 from onevocab.data.documents import BadSample, document_of, read_media
 from onevocab.data.loader import Batch
@@ -267,6 +267,7 @@ def new_configuration(words: list[str]) -> None:
         raise UserError("--minutes is a number above 0")
     if given.new.suffix != ".toml":
         raise UserError(f"--new {given.new}: the configuration's name ends in .toml")
+    check_writable(given.new.parent)
     folder = given.folder or f"runs/{given.new.stem}"
     shards = [shard for place in given.shards for shard in list_sources(place)]
     config, why = choose(look(shards), given.shards, folder, given.minutes)

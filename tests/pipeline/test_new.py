@@ -9,6 +9,7 @@ from onevocab.common.errors import UserError
 from onevocab.data.shards.remote import list_sources
 from onevocab.data.shards.writer import ShardWriter
 from onevocab.pipeline import new
+from onevocab.pipeline.checks import check_lengths
 from onevocab.pipeline.config import LanguageStage, read_config
 from onevocab.pipeline.run import placed
 from onevocab.tokenizers.media import encode_audio, encode_png
@@ -106,15 +107,25 @@ def test_a_machine_that_is_too_slow_is_told(tmp_path, monkeypatch):
     assert config.pretrain.steps == 20 and "too little" in why[-1] and "give more --minutes" in why[-1]
 
 
+def test_a_rare_picture_fits_a_row(tmp_path):
+    large = encode_png(Image.new("RGB", (128, 128)))
+    folder = shards(tmp_path / "s", [{"txt": b"a word"}] * 399 + [{"png": large}])
+    config, _ = new.choose(new.look(list_sources(folder)), [str(folder)], "runs/x", 90)
+    assert config.image.size == (128, 128)
+    check_lengths(config)
+
+
 def test_what_cannot_be_used(tmp_path, tokenizers, monkeypatch):
     monkeypatch.chdir(tmp_path)
     codes = write_codes(tmp_path / "codes", tokenizers, [{"json": as_json({"content": [image("0.image.npy")]}),
                                                          "0.image.npy": grid(0)}])
     bad = shards(tmp_path / "bad", [{"json": b"{"}])
+    (tmp_path / "file").touch()
     for words, message in ((["x.toml", "--shards", str(codes)], "holds codes"),
                            (["x.toml", "--shards", str(bad)], "none of 1 samples can be used"),
                            (["x.toml", "--shards", "nothing"], "no shards at nothing"),
                            (["x.yaml", "--shards", str(bad)], "ends in .toml"),
+                           (["file/x.toml", "--shards", str(bad)], "cannot write into file"),
                            (["x.toml", "--shards", str(bad), "--minutes", "0"], "--minutes")):
         with pytest.raises(UserError, match=message):
             new.new_configuration(["--new", *words])
