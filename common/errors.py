@@ -40,7 +40,8 @@ def cli(main):
                 stream.reconfigure(errors="backslashreplace")
         try:
             result = main(*args, **kwargs)
-            sys.stdout.flush()  # here, where a reader that went away is no traceback
+            if sys.stdout is not None:  # as where it was closed before the start
+                sys.stdout.flush()  # here, where a reader that went away is no traceback
             return result
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end

@@ -43,3 +43,8 @@ def test_a_stream_of_the_caller_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     cli(lambda: print("\N{CAT FACE}"))()
     assert sys.stdout.getvalue() == "\N{CAT FACE}\n"
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli(lambda: print("nobody reads") or 3)() == 3
