@@ -101,8 +101,7 @@ def train_language(
     loader: `next_batch()`, `state_dict()`, `load_state_dict()`; a batch has ids, targets, loss_weights, modality,
     positions, document_ids, all (B, S). The loss is the weighted mean over the tokens of all ranks. peak_flops:
     precision -> FLOP/s of a device, for the MFU. held_out: this rank's batches of held-out samples, as many on every
-    rank. Raises Stopped after a signal, and UserError when the
-    loss stays non-finite.
+    rank. Raises Stopped after a signal, and UserError when the loss stays non-finite.
     """
     if distributed.is_main():
         checkpoint.sweep(folder)
@@ -192,6 +191,7 @@ def train_language(
             improved = False
             if config.valid_every and (done % config.valid_every == 0 or done == config.steps):
                 watchdog.waits_for("the loss on held-out data", step)
+                asked = time.perf_counter()
                 if losses := held_out_losses(module, held_out, modalities, precision, device):
                     log.write(stage, done, **losses)
                     shown |= {f"held out {name.removeprefix('valid_loss_')}": f"{value:.2f}"
@@ -199,6 +199,7 @@ def train_language(
                     bar.set_postfix(shown)
                     improved = config.keep_best and (best is None or losses["valid_loss"] < best[0])
                     best = [losses["valid_loss"], done] if improved else best
+                began += time.perf_counter() - asked  # tokens a second are those of training
             if done % config.save_every == 0 or done == config.steps or improved:
                 save(done)
                 saved = done

@@ -2,13 +2,14 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_training import CONFIG, Loader, on_two_ranks, run
 
 from onevocab.common.checkpoint_files import best_step, list_steps, steps_to_use
-from onevocab.training import distributed
+from onevocab.training import distributed, loop
 from onevocab.training.held_out import memorising
 from onevocab.training.metrics import curves, read_metrics
 
@@ -41,6 +42,20 @@ def test_training_is_the_same_with_it(tmp_path):
     assert losses(tmp_path / "empty") == found
     off = run(tmp_path / "off", config=EVERY.model_copy(update={"valid_every": 0}), held_out=held_out())
     assert losses(tmp_path / "off") == {} and torch.equal(off["embed_tokens.weight"], plain["embed_tokens.weight"])
+
+
+def test_measuring_is_not_counted_as_training_time(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def passed(seconds: float) -> float:
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: passed(0.001)))
+    monkeypatch.setattr(loop, "held_out_losses", lambda *_: {"valid_loss": passed(1e6)})
+    run(tmp_path, config=EVERY, held_out=held_out())
+    speeds = [line["tokens_per_second"] for line in read_metrics(tmp_path / "metrics.jsonl") if "loss_text" in line]
+    assert len(speeds) > 1 and min(speeds) > 1
 
 
 def test_the_best_is_kept_and_used(tmp_path):
