@@ -35,7 +35,8 @@ class _Settings(BaseModel):
     seed: int = Field(0, description="of all samples")
     voices: Literal["espeak", "tones"] = Field("espeak", description="espeak needs the speech extra, tones plays a "
                                                "melody for each text instead")
-    clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice")
+    clips_per_voice: int = Field(default=1, ge=1, description="recordings of each text by each training voice but the "
+                                 "narrator, whom the model learns to speak like")
 
 
 WRITTEN = tuple(task for task in TASKS if task.samples is not None)
@@ -48,8 +49,9 @@ class _Studio:
     """Renders each utterance once. A task asks for any speed and pitch; it gets one of the recordings of that text by
     that voice, so the same few thousand clips serve every sample.
 
-    The narrator, whom the model learns to speak like, is left as it is. All others are played a little faster or slower
-    (speed perturbation, Ko et al. 2015) and some get breath: what they say is to be understood in new voices too.
+    The narrator, whom the model learns to speak like, is recorded once and left as it is. All others are played a
+    little faster or slower (speed perturbation, Ko et al. 2015) and some get breath: what they say is to be understood
+    in new voices too.
     """
 
     def __init__(self, config: _Settings):
@@ -58,7 +60,7 @@ class _Studio:
 
     def record(self, spoken: Utterance) -> bytes:
         """Utterance -> FLAC"""
-        take = (spoken.words_per_minute + spoken.pitch) % self.takes
+        take = 0 if spoken.voice == speech.NARRATOR else (spoken.words_per_minute + spoken.pitch) % self.takes
         key = spoken.text, spoken.voice, take
         if key not in self.clips:
             self.clips[key] = encode_audio(self._perform(spoken, take), speech.RATE)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class AudioAugment(BaseModel):
-    """[audio.augment]: of the sounds that are altered each change comes to half, by itself."""
+    """[audio.augment]: of the sounds that are altered each change comes to half, by itself; noise as often as said."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     probability: float = Field(0.0, ge=0, le=1, description="share of the sounds that are heard, not made, that are "
@@ -15,6 +15,7 @@ class AudioAugment(BaseModel):
     room: float = Field(0.35, ge=0, le=3, description="longest reverberation, seconds until it has fallen by 60 dB")
     noise: tuple[float, float] = Field((8.0, 40.0), description="noise that is added: lowest and highest "
                                        "signal-to-noise ratio, dB")
+    noise_probability: float = Field(0.5, ge=0, le=1, description="share of the altered sounds that get noise")
     silence: float = Field(0.25, ge=0, le=10, description="longest silence before and after, seconds; noise may "
                            "fill it")
     gain: float = Field(12.0, ge=0, le=40, description="at most so many dB above full scale, cut off there")
@@ -29,7 +30,7 @@ def augment(samples: np.ndarray, rate: int, config: AudioAugment, rng: np.random
     (Ko et al. 2017 simulate them in full), noise of a random colour in a random band.
     """
     most = max(len(samples), int((longest or 0) * rate))
-    speed, room, silent, noisy, loud = rng.random(5) < 0.5
+    speed, room, silent, noisy, loud = rng.random(5) < (0.5, 0.5, 0.5, config.noise_probability, 0.5)
     if longest is None:
         speed = silent = False
     if speed:
