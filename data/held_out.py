@@ -2,15 +2,22 @@
 
 By the hash of a sample's media (of its text where it has none): all captions of one picture go together, wherever they
 stand, and the same share holds out the same samples in every stage. As data are added samples leave the held-out set,
-none joins it.
+none joins it. Stages and phases with other sources, or other shares, hold out others of the same shards: each writes
+its limits down, and what one of them trains on no later one measures.
 """
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from onevocab.common.errors import UserError
-from onevocab.data.shards.remote import shown
+from onevocab.common.files import read_json, write_json
+from onevocab.data.shards.remote import is_remote, shown
 from onevocab.data.token_cache import HASHES
 
+FILE = "held_out.json"
 VALID, LEAST, MOST = 0.01, 64, 0.1  # of a source: this share or so many samples, but at most this share
 
 
@@ -45,3 +52,32 @@ def limits(valid: list[float | None], apart: list[bool], shards: list[list[str]]
         if path in found:
             raise UserError(f"valid_path: {shown(path)} is trained on as well; name other shards")
     return found | dict.fromkeys(held_out_shards, HASHES)
+
+
+def real(shard: str) -> str:
+    """The one name of a shard, however it was found."""
+    return shard if is_remote(shard) else os.path.realpath(shard)
+
+
+def together(*found: dict[str, int]) -> dict[str, int]:
+    """Limits of several loaders by the real names of their shards: below them none of these trains on a sample."""
+    smallest: dict[str, int] = {}
+    for limits in found:
+        for shard, limit in limits.items():
+            smallest[real(shard)] = min(limit, smallest.get(real(shard), HASHES))
+    return smallest
+
+
+def write_limits(run: Path, stage: str, limits: dict[str, int]) -> None:
+    """What `together` found for a stage and its phases, as RUN/STAGE/held_out.json; paths start from the run."""
+    (run / stage).mkdir(parents=True, exist_ok=True)
+    start = os.path.realpath(run)
+    write_json(run / stage / FILE, {shard if is_remote(shard) else os.path.relpath(shard, start): limit
+                                    for shard, limit in limits.items()})
+
+
+def read_limits(run: Path, stages: Iterable[str]) -> dict[str, int]:
+    """What these stages wrote, together. Raises UserError when a file is damaged."""
+    start, paths = os.path.realpath(run), [run / stage / FILE for stage in stages]
+    return together(*({shard if is_remote(shard) else os.path.join(start, shard): limit
+                       for shard, limit in read_json(path).items()} for path in paths if path.exists()))

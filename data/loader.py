@@ -19,11 +19,11 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json
 from onevocab.data.documents import BadSamples
 from onevocab.data.draws import permutation, raw, uniform
-from onevocab.data.held_out import limits
+from onevocab.data.held_out import limits, real
 from onevocab.data.packing import pack
 from onevocab.data.shards.remote import list_sources, shown
 from onevocab.data.source import Source
-from onevocab.data.token_cache import DROPPABLE, LOSS, TokenCache
+from onevocab.data.token_cache import DROPPABLE, HASHES, LOSS, TokenCache
 from onevocab.data.turns import Entry, Turns, read_wordings
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
@@ -147,11 +147,20 @@ class PackedLoader:
         usual, places = shards[: len(self.sources)], list(itertools.chain(*shards))
         store, apart = self._cache, [source.valid_path is not None for source in self.sources]
         there = [(self._source == number) & ~self._for_valid for number in range(len(self.sources))]
-        below = limits([source.valid for source in self.sources], apart, usual,
-                       [store.hash[mine & (store.length > 0)] for mine in there], places[sum(map(len, usual)) :])
-        held = store.hash < np.repeat([below[path] for path in places], per_shard)
+        self.limits = limits([source.valid for source in self.sources], apart, usual,
+                             [store.hash[mine & (store.length > 0)] for mine in there], places[sum(map(len, usual)) :])
+        self._shard = np.repeat(np.arange(len(places)), per_shard)
+        held = store.hash < np.array([self.limits[path] for path in places])[self._shard]
         self._trained = [np.flatnonzero(mine & ~held) for mine in there]
         self._held = np.flatnonzero(held & self._fits)
+
+    def measure_below(self, limits: dict[str, int]) -> int:
+        """Of the held-out samples of these shards only those below their limit stay: others are trained on elsewhere.
+        limits: see `held_out.together`. Returns how many are dropped."""
+        most = np.array([limits.get(real(path), HASHES) for path in itertools.chain(*self._shards)])[self._shard]
+        kept = self._cache.hash[self._held] < most[self._held]
+        self._held = self._held[kept]
+        return int((~kept).sum())
 
     def _count_positions(self) -> None:
         """How many times an epoch shows each source's samples: `_slots`, per source its number of positions."""

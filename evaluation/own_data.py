@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from onevocab.common.errors import UserError, invalid
 from onevocab.data.codes import codes_names
 from onevocab.data.documents import UNDECODABLE, BadSample, document_of
+from onevocab.data.held_out import read_limits
 from onevocab.data.loader import LoaderConfig, PackedLoader
 from onevocab.data.shards.format import npy_to_codes
 from onevocab.data.shards.index import IndexedShard
@@ -109,6 +110,7 @@ def read_held_out(run: Path, settings: dict, tokenizers) -> HeldOut:
     allowed = {key: value for key, value in settings.get("data", {}).items() if key == "max_bad_fraction"}
     loader = PackedLoader(sources, tokenizers, rows, cache_folder=run / "token_cache", instruct=stage == "instruct",
                           **allowed)
+    loader.measure_below(read_limits(run, STAGES))
     samples = _samples(loader.held_out_samples()[:MOST])
     raw = _raw_documents(run, settings, {(local_name(shard), sample.key) for shard, sample in samples})
     held = HeldOut(loader, [], defaultdict(dict), 0, read_wordings(sources[0].wordings))

@@ -18,6 +18,7 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import hash_json, read_json, write_atomic, write_json
 from onevocab.common.provenance import first_difference, provenance
 from onevocab.data.codes import check_raw, tokenize_in_processes
+from onevocab.data.held_out import read_limits, together, write_limits
 from onevocab.data.loader import PackedLoader
 from onevocab.data.mixture import MixtureSchedule, Phase
 from onevocab.data.shards.remote import list_sources, placed
@@ -313,7 +314,15 @@ class Run:
             return loader
 
         phases = [Phase(phase.start, phase.steps, read(phase.sources)) for phase in settings.phases]
-        loader = MixtureSchedule(read(settings.sources), phases)
+        usual = read(settings.sources)
+        others = [phase.loader.limits for phase in phases]
+        if self.main:
+            write_limits(self.folder, name, together(usual.limits, *others))
+        elsewhere = usual.measure_below(together(read_limits(self.folder, filter(None, [after])), *others))
+        if elsewhere and self.main:
+            print(f"{name}: {elsewhere:,} samples that it holds out are trained on by another stage or phase, so they "
+                  "are not measured", file=sys.stderr)
+        loader = MixtureSchedule(usual, phases)
         with self.device:  # where it is needed: the ranks of a machine share its memory
             decoder = Decoder(self.config.model.shape, tokenizers.vocab.size)
         if after:

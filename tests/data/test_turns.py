@@ -9,7 +9,7 @@ from test_loader import CONFIG, same
 
 from onevocab.common.errors import UserError
 from onevocab.data.documents import codes_document
-from onevocab.data.held_out import limits
+from onevocab.data.held_out import limits, read_limits, together, write_limits
 from onevocab.data.loader import PackedLoader
 from onevocab.data.shards.format import list_shards, read_shard
 from onevocab.data.source import Source
@@ -179,6 +179,26 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, tokenizers):
         PackedLoader([Source(path=str(codes)), Source(path=str(apart), valid_path=str(codes))], tokenizers, CONFIG)
     with pytest.raises(ValueError, match="both set"):
         Source(path="x", valid=0.1, valid_path="y")
+
+
+def test_what_another_stage_trains_on_is_not_measured(tmp_path, tokenizers):
+    """A small source holds out a larger share than the whole that an earlier stage read."""
+    run = tmp_path / "run"
+    parts = [write_codes(run / "codes" / name, tokenizers, [say_so(i) for i in range(start, start + 900)])
+             for name, start in (("a", 0), ("b", 900))]
+    whole = PackedLoader([Source(path=str(part), valid=0.02) for part in parts], tokenizers, CONFIG)
+    write_limits(run, "pretrain", together(whole.limits))
+    run.rename(tmp_path / "moved")  # a run may move
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    small = PackedLoader(Source(path=str(tmp_path / "link" / "codes" / "b"), valid=0.2), tokenizers, CONFIG)
+    before, trained = hashes(small, small._held), hashes(whole, np.concatenate(whole._trained))
+    assert before & trained
+    dropped = small.measure_below(read_limits(tmp_path / "moved", ("instruct", "pretrain")))
+    assert len(small._held) + dropped == len(before) and 5 < len(small._held) < 60
+    assert not hashes(small, small._held) & trained and len(small._trained[0]) == 900 - len(before)
+    phase = PackedLoader(Source(path=str(tmp_path / "moved" / "codes" / "b"), valid=0.001), tokenizers, CONFIG)
+    assert small.measure_below(together(phase.limits)) and not hashes(small, small._held) & hashes(
+        phase, phase._trained[0])
 
 
 def say_so(i: int) -> dict:
