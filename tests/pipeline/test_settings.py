@@ -117,3 +117,11 @@ def test_the_manual_names_every_key_and_fits_the_terminal(width, monkeypatch):
                  "--image.quantizer.codebook_size=64", "--plan.devices=1", "--pretrain.loader.seq_len=256"):
         assert any(shown.startswith(f"  {line}") for shown in lines), line
     assert "  --instruct.loader.loss.context_weight=0.0" in lines, "what differs from pretrain"
+
+
+def test_a_section_that_is_missing_is_called_a_section(tmp_path):
+    text = SMOKE.read_text()
+    start = text.index("[model]")
+    (tmp_path / "a.toml").write_text(text[:start] + text[text.index("\n[", start) + 1 :])
+    with pytest.raises(UserError, match="model: this section is missing; its keys are dim, "):
+        read_config(tmp_path / "a.toml", [])
