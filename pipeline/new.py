@@ -8,6 +8,7 @@ than 60 times.
 """
 
 import os
+import shlex
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,7 +19,7 @@ import torch
 from onevocab.common import provenance
 from onevocab.common.commands import Parser
 from onevocab.common.errors import UserError
-from onevocab.common.files import write_atomic
+from onevocab.common.files import check_writable, write_atomic
 from onevocab.common.paths import expand_home, path_argument
 from onevocab.data.documents import BadSample, document_of, read_media
 from onevocab.data.loader import Batch
@@ -264,13 +265,15 @@ def new_configuration(words: list[str]) -> None:
         raise UserError("--minutes is a number above 0")
     if given.new.suffix != ".toml":
         raise UserError(f"--new {given.new}: the configuration's name ends in .toml")
+    check_writable(given.new.parent)
     folder = given.folder or f"runs/{given.new.stem}"
     shards = [shard for place in given.shards for shard in list_sources(place)]
     config, why = choose(look(shards), given.shards, folder, given.minutes)
     text = commented_toml(config, ("folder", "seed", "data", "text", *config.modalities), LEFT_OUT)
+    train = shlex.join(["torchrun", "train.py", str(given.new)])
     head = "".join(f"# {line}.\n" for line in (f"Written by train.py --new from {', '.join(given.shards)}", *why))
-    write_atomic(given.new, f"{head}# Train: torchrun train.py {given.new}\n\n{text}")
+    write_atomic(given.new, f"{head}# Train: {train}\n\n{text}")
     if read_config(given.new, []) != config:
         raise AssertionError(f"{given.new} does not say what was chosen")
     print("\n".join(why))
-    print(f"wrote {given.new}; next: torchrun train.py {given.new}")
+    print(f"wrote {given.new}; next: {train}")
