@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,18 @@ def read_json(path):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or make it again") from None
+
+
+def read_toml(path, name=None) -> dict:
+    """Parses a TOML file, whatever mark an editor left before it. Raises UserError, which calls it `name` (default: its
+    path), when it is no TOML, and OSError when it cannot be read."""
+    try:
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{name or path} is not UTF-8 ({where}): save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{name or path} is not valid TOML: {error}") from None
 
 
 def write_json(path, value) -> None:

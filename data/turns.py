@@ -12,7 +12,6 @@ The requests are drawn anew each epoch from the modality's own wordings, or from
 A document of several media has those of the section `[any]`.
 """
 
-import tomllib
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from onevocab.common.errors import UserError, invalid
+from onevocab.common.files import read_toml
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.modality import DESCRIBE, MAKE
@@ -64,16 +64,13 @@ def read_wordings(path: str | None):
     if path is None:
         return WordingsFile()
     try:
-        with open(path, "rb") as file:
-            data = tomllib.load(file)
+        data = read_toml(path, f"wordings: {path}")
         for name, section in data.items():  # a list that a section lacks is the built-in one
             if isinstance(section, dict) and name in MODALITIES:
                 data[name] = {"describe": MODALITIES[name].describe, "make": MODALITIES[name].make} | section
         return WordingsFile.model_validate(data)
     except OSError as error:
         raise UserError(f"wordings: cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"wordings: {path} is not valid TOML: {error}") from None
     except ValidationError as error:
         raise invalid(error, f"wordings: {path}") from None
 

@@ -1,6 +1,7 @@
 """Asks a run of the demo what the README asks, as the README asks it, and says which answers are right:
 `python -m onevocab.demo.check runs/demo`."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ def ask(run: Path) -> Iterator[Answer]:
     judges = Judges(run / "report", config, model.tokenizers, [])
     picture, question = examples / "image-0.png", examples / "audio-0.wav"
     if "image" in media and not picture.is_file():
-        raise UserError(f"{examples} holds no examples; run `python -m onevocab.evaluation {run}` first")
+        command = shlex.join(["python", "-m", "onevocab.evaluation", str(run)])
+        raise UserError(f"{examples} holds no examples; run `{command}` first")
 
     def text(prompt: str, parts: list, right: str) -> Answer:
         given = model.generate(parts).text

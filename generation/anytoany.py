@@ -1,5 +1,6 @@
 """`AnyToAny`: text, pictures and sound in; text, pictures and sound out."""
 
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -106,10 +107,9 @@ class AnyToAny:
             raise UserError(f"no run folder {run}; {HOW_TO_MAKE}")
         if stage is not None and stage not in STAGES:
             raise UserError(f"unknown stage {stage!r}; choose {' or '.join(STAGES)}")
-        again = f"finish it with `torchrun train.py {run / 'config.toml'}`"
+        again = _how_to_finish(run)
         if not (run / "tokenizers" / "vocabulary.json").is_file():
-            raise UserError(f"{run} is not a finished run: tokenizers/vocabulary.json is missing; {again}, "
-                            f"or {HOW_TO_MAKE}")
+            raise UserError(f"{run} is not a finished run: tokenizers/vocabulary.json is missing; {again}")
         stages = (stage,) if stage else STAGES
         stage = next((name for name in stages if steps_to_use(run / name)), None)
         if stage is None:
@@ -278,6 +278,13 @@ class AnyToAny:
         for reply in replies:
             reply.text = "".join(part.content for part in reply.segments if part.modality == "text")
         return replies
+
+
+def _how_to_finish(run: Path) -> str:
+    """The command, wherever the folder lies now: its configuration names the place where it was begun."""
+    if not (run / "config.toml").is_file():
+        return f"no config.toml is there either: check the path, or {HOW_TO_MAKE}"
+    return f"finish it with `{shlex.join(['torchrun', 'train.py', f'{run}/config.toml', f'--folder={run}'])}`"
 
 
 def _newest_model(folder: Path, vocab: Vocabulary) -> Decoder:

@@ -1,11 +1,11 @@
 """The configuration of a run: one TOML file and what the command line says over it."""
 
-import tomllib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from onevocab.common.errors import UserError
+from onevocab.common.files import read_toml
 from onevocab.common.paths import HomePath, expand_home
 from onevocab.data.loader import LoaderConfig
 from onevocab.data.source import Source
@@ -123,12 +123,9 @@ def read_config(path, words: list[str]) -> RunConfig:
     """TOML file and `--section.key=value` words. Raises UserError that names the key that is wrong."""
     path = expand_home(str(path))
     try:
-        with open(path, "rb") as file:
-            data = tomllib.load(file)
+        data = read_toml(path)
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}; see configs/ for examples") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
     said = overrides(RunConfig, words)
     config = validated(RunConfig, data, path, said)
     source = open_source(config.model.init, config.init_from)

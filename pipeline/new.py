@@ -272,9 +272,10 @@ def new_configuration(words: list[str]) -> None:
     shards = [shard for place in given.shards for shard in list_sources(place)]
     config, why = choose(look(shards), given.shards, folder, given.minutes)
     text = commented_toml(config, ("folder", "seed", "data", "text", *config.modalities), LEFT_OUT)
+    train = shlex.join(["torchrun", "train.py", str(given.new)])
     head = "".join(f"# {line}.\n" for line in (f"Written by train.py --new from {', '.join(given.shards)}", *why))
-    write_atomic(given.new, f"{head}# Train: torchrun train.py {shlex.quote(str(given.new))}\n\n{text}")
+    write_atomic(given.new, f"{head}# Train: {train}\n\n{text}")
     if read_config(given.new, []) != config:
         raise AssertionError(f"{given.new} does not say what was chosen")
     print("\n".join(why))
-    print(f"wrote {given.new}; next: torchrun train.py {shlex.quote(str(given.new))}")
+    print(f"wrote {given.new}; next: {train}")

@@ -158,6 +158,8 @@ def validated(model: type[BaseModel], data: dict, where, said: dict[tuple[str, .
     key, reason = ".".join(path), wrong(first)
     if first["type"] == "extra_forbidden":
         reason = unknown(model, key)
+    elif first["type"] == "missing" and fields_of(annotation):
+        reason = f"this section is missing; its keys are {', '.join(fields_of(annotation))}"
     elif first["type"] in ("model_type", "dict_type", "model_attributes_type"):
         reason = f"this is a section; its keys are {', '.join(fields_of(annotation))}"
     words = [word for at, (_, word) in said.items() if at[: len(path)] == (*path,) or (*path[: len(at)],) == at]

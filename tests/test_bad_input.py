@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -107,9 +108,14 @@ def test_runs_that_cannot_be_used(run, tmp_path, capsys):
     (half / "instruct" / ".step-5.part").mkdir(parents=True)
     line = refused(capsys, half, "--text", "a")
     assert "no checkpoint instruct/step-N or pretrain/step-N" in line and "torchrun train.py" in line
+    moved = tmp_path / "my run"
+    half.rename(moved)  # its config.toml names where it was
+    (moved / "config.toml").touch()
+    line = refused(capsys, moved, "--text", "a")
+    assert shlex.join(["torchrun", "train.py", f"{moved}/config.toml", f"--folder={moved}"]) in line
     other = tiny_tokenizers(codes=17).vocab
-    save_step(half / "instruct", 5, other)
-    assert "another vocabulary" in refused(capsys, half, "--text", "a")
+    save_step(moved / "instruct", 5, other)
+    assert "another vocabulary" in refused(capsys, moved, "--text", "a")
     assert "unknown stage" in refused(capsys, run, "--text", "a", "--stage", "prefer")
     assert "no checkpoint pretrain" in refused(capsys, run, "--text", "a", "--stage", "pretrain")
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+from onevocab.common.errors import UserError
 from onevocab.data.convert import tables
 from onevocab.data.convert.media import KINDS, VIDEO, MediaFolder, kind_of, suffix_of
 from onevocab.data.convert.options import CAPTIONS, FRAMES, MAP, MEDIA, Format
@@ -22,6 +23,7 @@ FILES = ("file_name", "file", "filename", "path", "filepath",
          *(name for kind in KINDS for name in (kind, f"{kind}_path")))
 TEXTS = ("caption", "captions", "text", "sentence", "transcription", "transcript", "description")
 MAX_SIDECAR = 1 << 20  # bytes
+NO_MEDIUM = "no picture, sound or video beside it has this name; texts alone are read by the format text"
 _NUMBERED = re.compile(r"caption_?(\d+)")
 
 
@@ -38,6 +40,8 @@ def _units(options) -> list[Path]:
     """Tables: the input itself, or `metadata.*` in a folder (as `datasets` publishes folders of media). Else the folder
     itself: files with captions beside them."""
     if options.source.is_file():
+        if kind_of(options.source.name) or suffix_of(options.source.name) == ".txt":
+            raise UserError(f"{options.source} is one file: give the folder that holds media and captions, or a table")
         return tables.files_of(options)
     described = sorted(options.source / place / name for place, names in walk(options) for name in names
                        if name.startswith("metadata.") and tables.kind_of(Path(name)) in tables.TABLES)
@@ -113,7 +117,7 @@ def _beside(place: str, names: list[str]) -> Iterator[Row]:
         kinds = sorted(files, key=lambda file: KINDS.index(kind_of(file)))
         one = len(set(map(kind_of, files))) == len(files) and VIDEO not in map(kind_of, files)
         yield from ((some[0], (some, captions.get(stem))) for some in ([kinds] if one else [[file] for file in files]))
-    yield from ((captions[stem], Dropped("caption of no medium")) for stem in captions.keys() - media.keys())
+    yield from ((captions[stem], Dropped("caption of no medium", NO_MEDIUM)) for stem in captions.keys() - media.keys())
     for stem, files in subtitles.items():
         if VIDEO not in map(kind_of, media.get(stem, ())):
             yield from ((file, Dropped("unknown ending")) for file in files)

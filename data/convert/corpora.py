@@ -29,20 +29,36 @@ def pieces(text: str, limit: int | None) -> Iterator[str]:
 
 
 def _units(options) -> list[Path]:
-    """The files of texts; the others are counted."""
+    """The folder for all .txt in it, however many and small they are, and each file of lines; a file alone is itself.
+    The others are counted."""
     kinds = (".txt", *tables.LINES)
-    if options.source.is_dir():
-        options.passed_over |= {str(Path(place, name)): Dropped("unknown ending") for place, names in walk(options)
-                                for name in names if tables.kind_of(Path(name)) not in kinds}
-    return tables.files_of(options, kinds)
+    if not options.source.is_dir():
+        return tables.files_of(options, kinds)
+    options.passed_over |= {str(Path(place, name)): Dropped("unknown ending") for place, names in walk(options)
+                            for name in names if tables.kind_of(Path(name)) not in kinds}
+    files = tables.files_of(options, kinds)
+    records = [path for path in files if tables.kind_of(path) != ".txt"]
+    return [options.source, *records] if len(records) < len(files) else records
 
 
 def _rows(options, unit: Path) -> Iterator[Row]:
-    if tables.kind_of(unit) != ".txt":
-        yield from tables.rows(unit)
+    if not unit.is_dir():
+        yield from _rows_of(options, unit, unit.name)
         return
-    for number, text in enumerate(_texts(options.by, unit)):
-        yield f"{unit.name}#{number}", text
+    for path in tables.files_of(options, (".txt",)):
+        place = path.relative_to(unit).as_posix()
+        try:
+            yield from _rows_of(options, path, place)
+        except Dropped as dropped:  # one file of many
+            yield place, dropped
+
+
+def _rows_of(options, path: Path, place: str) -> Iterator[Row]:
+    if tables.kind_of(path) != ".txt":
+        yield from tables.rows(path)
+        return
+    for number, text in enumerate(_texts(options.by, path)):
+        yield f"{place}#{number}", text
 
 
 def _texts(by: str, path: Path) -> Iterator[str | Dropped]:

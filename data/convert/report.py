@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from onevocab.common.errors import UserError
-from onevocab.common.files import claim_file, read_json, write_json
+from onevocab.common.files import check_writable, claim_file, read_json, write_json
 from onevocab.data.convert.samples import Dropped, printable
 
 NAMED = 5  # of each reason
@@ -113,6 +113,7 @@ def claimed(out: Path, rank: int, world: int, overwrite: bool) -> Iterator[None]
     was written is free again. Raises UserError when the folder holds other files, a conversion of its own, or when
     another one is writing there.
     """
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = out / f".rank-{rank:05d}.lock"
     held = claim_file(lock)

@@ -130,3 +130,19 @@ def test_what_cannot_be_used(tmp_path, tokenizers, monkeypatch):
         with pytest.raises(UserError, match=message):
             new.new_configuration(["--new", *words])
     assert not (tmp_path / "x.toml").exists()
+
+
+def test_the_command_that_it_prints_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = shards(tmp_path / "s", [{"txt": b"a red thing " * 5}] * 10)
+    new.new_configuration(["--new", "my pets.toml", "--shards", str(folder)])
+    assert "next: torchrun train.py 'my pets.toml'" in capsys.readouterr().out
+    assert "# Train: torchrun train.py 'my pets.toml'" in (tmp_path / "my pets.toml").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(new, "look", lambda _: pytest.fail("it has begun"))
+    folder = shards(tmp_path / "s", [{"txt": b"a red thing"}])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into .*file is no folder"):
+        new.new_configuration(["--new", str(tmp_path / "file" / "x.toml"), "--shards", str(folder)])

@@ -133,3 +133,11 @@ def test_a_section_that_is_none_in_the_file_is_named(section, tmp_path):
     (tmp_path / "my.toml").write_text(f'folder = "x"\n{section}\n')
     with pytest.raises(UserError, match="--model.layers=2: (model is no section in the file|there are 1 of these)"):
         read_config(tmp_path / "my.toml", ["--model.layers=2"])
+
+
+def test_a_section_that_is_missing_is_called_a_section(tmp_path):
+    text = SMOKE.read_text()
+    start = text.index("[model]")
+    (tmp_path / "a.toml").write_text(text[:start] + text[text.index("\n[", start) + 1 :])
+    with pytest.raises(UserError, match="model: this section is missing; its keys are dim, "):
+        read_config(tmp_path / "a.toml", [])

@@ -265,3 +265,12 @@ def test_what_can_be_done_with_a_run_fits_the_run(tmp_path):
     demo = config.model_copy(update={"data": config.data.model_copy(update={"demo": {}}), "folder": "runs/a b"})
     assert next_steps(demo, ["image", "audio"])[-1] == "evaluate: python -m onevocab.evaluation 'runs/a b'"
     assert not any("evaluation" in line for line in next_steps(demo, [])), "each of the demo's tasks has a medium"
+
+
+def test_nothing_is_evaluated_where_nothing_was_held_out(tmp_path):
+    config = config_of(tmp_path)
+    log = tmp_path / config.folder / "metrics.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for held, there in (({"valid_loss": 1.0}, True), ({}, False)):
+        log.write_text(json.dumps({"stage": "instruct", "step": 20, "loss_text": 1.0} | held) + "\n")
+        assert any("evaluation" in line for line in next_steps(config, ["image"])) is there

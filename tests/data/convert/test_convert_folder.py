@@ -103,3 +103,15 @@ def test_nothing_kept_and_wrong_options(tmp_path):
         with pytest.raises(UserError, match=reason):
             convert(name, tmp_path / source, tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
+
+
+def test_what_a_newcomer_gives_in_place_of_a_folder(tmp_path):
+    put(tmp_path / "in", {"a.png": b"", "a.txt": "a dog"})
+    put(tmp_path / "texts", {"b.txt": "only words"})
+    for place, reason in (("in/a.png", "a.png is one file: give the folder that holds media"),
+                          ("in/a.txt", "a.txt is one file: give the folder that holds media"),
+                          ("texts", "caption of no medium, as b.txt: .* are read by the format text")):
+        with pytest.raises(UserError, match=reason):
+            convert("captions", tmp_path / place, tmp_path / "x", progress=False)
+    with pytest.raises(UserError, match="cannot write into .*a.txt is no folder"):
+        convert("text", tmp_path / "texts", tmp_path / "in" / "a.txt", progress=False)

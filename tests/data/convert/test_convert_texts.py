@@ -78,3 +78,12 @@ def test_zstandard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match="pip install zstandard"):
         convert("text", source, tmp_path / "none", progress=False)
+
+
+def test_many_small_files_share_shards(tmp_path):
+    files = {f"{i % 3}/{i:03d}.txt": f"story {i}\n\nof cats {i}" for i in range(30)}
+    source = put(tmp_path / "in", files | {"9/cut.txt.gz": gzip.compress(b"x" * 99)[:-9], "t.jsonl": '{"text": "t"}'})
+    report, samples = converted("text", source, tmp_path / "out", samples_per_shard=25)
+    assert len(samples) == 61 and samples[:2] == [plain("story 0"), plain("of cats 0")] and samples[-1] == plain("t")
+    assert len(report.shards) == 4 and lost(report) == {"damaged input": 1}
+    assert report.first["damaged input"][0].startswith("9/cut.txt.gz: ")
