@@ -230,8 +230,8 @@ class AnyToAny:
             try:
                 grammar = Grammar(self.vocab, want, self.grids, min(max_new_tokens, limit - len(ids)), end)
             except UserError as error:
-                used = f"the prompt takes {len(ids)} of the context's {limit} tokens"
-                raise UserError(f"{error} ({used})") from None
+                used = f" (the prompt takes {len(ids)} of the context's {limit} tokens)"
+                raise UserError(f"{error}{used if want in self.vocab.modalities else ''}") from None
             requests.append(engine.Request(ids, grammar, row, empty))
         return requests
 

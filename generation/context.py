@@ -65,6 +65,8 @@ def remark(model, reply, want: str = "any", max_new_tokens: int | None = None) -
         return "the answer is empty; ask in other words, or at a higher temperature" if empty else None
     allowed = model.longest_reply(want) if max_new_tokens is None else max_new_tokens
     if reply.prompt_tokens + allowed >= model.context_length:
+        mend = ("shorten the prompt (in the chat: /reset)" if 2 * reply.prompt_tokens > model.context_length else
+                "a model of a larger max_length has room for more")
         return (f"the answer was cut: its {len(reply.ids)} tokens and the prompt's {reply.prompt_tokens} fill the "
-                f"context of {model.context_length}; shorten the prompt (in the chat: /reset)")
+                f"context of {model.context_length}; {mend}")
     return f"the answer was cut at {allowed} new tokens; raise max_new_tokens (in the chat: /set max_new_tokens N)"

@@ -4,7 +4,7 @@ Rules, of which the file says what came of them. A medium's size and length are 
 piece for 500 characters of text, rows hold all but one document in 200. A fifth of the time is for each tokenizer, at
 most two fifths together; the rest is shared by pretrain and instruct. The model is the largest of SHAPES that gets 20
 tokens a parameter in that time (Hoffmann et al. 2022), at a speed that is measured here; no stage shows a sample more
-than 60 times.
+than 60 times, unless it does in the 20 steps that a stage takes at least.
 """
 
 import os

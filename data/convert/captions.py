@@ -111,8 +111,11 @@ def _beside(place: str, names: list[str]) -> Iterator[Row]:
             subtitles.setdefault(stem, []).append(here)
         elif suffix not in (".txt", ".json"):
             yield here, Dropped("unknown ending")
-        elif suffix == ".txt" or stem not in captions:
+        elif stem not in captions:
             captions[stem] = here
+        else:  # the .txt comes first
+            captions[stem], other = sorted((here, captions[stem]), key=lambda file: suffix_of(file) != ".txt")
+            yield other, Dropped("beside a .txt")
     for stem, files in media.items():
         kinds = sorted(files, key=lambda file: KINDS.index(kind_of(file)))
         one = len(set(map(kind_of, files))) == len(files) and VIDEO not in map(kind_of, files)

@@ -57,6 +57,12 @@ def test_folder_of_media_and_captions(tmp_path):
     assert report.media == {"image": 3, "audio": 2} and report.first["duplicate"] == ["e.PNG: the same as a.png"]
 
 
+def test_a_json_beside_a_txt_is_counted(tmp_path):
+    put(tmp_path / "in", {"a.png": png(0), "a.json": {"caption": "from the json"}, "a.txt": "from the txt"})
+    report, samples = converted("captions", tmp_path / "in", tmp_path / "out")
+    assert samples == [plain(png(0), "from the txt")] and report.dropped == {"beside a .txt": 1}
+
+
 @pytest.mark.parametrize("file, content", [
     ("t.csv", "\ufeff" + as_csv(*TABLE)),
     ("t.jsonl", as_lines(*(dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]))),
