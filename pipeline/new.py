@@ -39,6 +39,7 @@ from onevocab.training.precision import autocast, select_precision
 
 SHAPES = ((128, 4), (192, 6), (256, 8), (384, 8), (512, 10), (768, 12), (1024, 16))  # (dim, layers)
 SURVEYED, FILES = 2000, 64  # samples that are read; files a tokenizer's speed is measured on
+STEP_SHARE = 0.8  # part of a stage's time; the rest reads, measures the losses on held-out data, saves
 TURNS = 32  # tokens that a request adds to a captioned document, at most
 EPOCHS, FEW = 60, 5  # how often a stage shows a sample: at most; less is too little for a small set
 LEFT_OUT = ("data.demo", "evaluate.tasks", "evaluate.judge_steps", "evaluate.judge_floor", "evaluate.candidates")
@@ -135,16 +136,16 @@ def parameters(config: ModelConfig, vocabulary: int) -> int:
         return sum(p.numel() for p in Decoder(config, vocabulary).parameters())
 
 
-def seconds_of(step, device: torch.device, times: int = 3) -> float:
-    """Seconds of one call, the best of some after a first one."""
-    best = float("inf")
-    for number in range(times + 1):
+def seconds_of(step, device: torch.device, times: int = 5) -> float:
+    """Seconds of one call, the median of some after a first one."""
+    taken = []
+    for _ in range(times + 1):
         began = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began) if number else best
-    return best
+        taken.append(time.perf_counter() - began)
+    return float(np.median(taken[1:]))
 
 
 def language_seconds(config: ModelConfig, vocabulary: int, rows: int, length: int, device: torch.device) -> float:
@@ -199,7 +200,7 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
         config = MODALITIES[name].config(**media_settings(name, found.sizes[name], minutes, gpu))
         tokenizers[name] = MODALITIES[name].tokenizer(config)
         took[name] = media_seconds(tokenizers[name], found.files[name], device)
-        steps = int(np.clip(share * minutes * 60 / took[name], 50, 20_000 if gpu else 3000))
+        steps = int(np.clip(STEP_SHARE * share * minutes * 60 / took[name], 50, 20_000 if gpu else 3000))
         sections[name] = config.model_copy(update={"steps": steps})
     lengths = document_lengths(found, tokenizers, text)
     most = 4096 if gpu else 1024
@@ -208,7 +209,7 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
     length = max(round_up(least, 64), min(most, round_up(float(np.quantile(lengths, 0.995, method="higher")), 64)))
     rows = max(2, (65_536 if gpu else 2048) // length // 2 * 2)
     vocabulary = Tokenizers(text, tokenizers).vocab.size
-    budget = minutes * 60 * (1 - share * len(media)) / 2  # seconds of a language stage
+    budget = STEP_SHARE * minutes * 60 * (1 - share * len(media)) / 2  # seconds of a language stage's steps
     context = max(512, 2 * length)
     smallest = shape(*SHAPES[0], context)
     speed = rows * length / language_seconds(smallest, vocabulary, rows, length, device)
@@ -236,7 +237,7 @@ def choose(found: Found, shards: list[str], folder: str, minutes: float) -> tupl
         **{name: section.model_dump() for name, section in sections.items()}})
     kinds = [f"{len(sizes):,} {MODALITIES[name].plural} (median {np.median(sizes):.4g}, largest {max(sizes):.4g})"
              for name, sizes in found.sizes.items()]
-    takes = sum(sections[name].steps * took[name] for name in media) + 2 * steps * rows * length / speed
+    takes = (sum(sections[name].steps * took[name] for name in media) + 2 * steps * rows * length / speed) / STEP_SHARE
     why = [f"{found.samples:,} samples, {found.read:,} of them read ({found.bad:,} bad): "
            f"{', '.join([f'{text_length / scale:,.0f} characters of text', *kinds])}; {found.captioned:,} media with a "
            f"text, {found.conversations:,} conversations; {(lengths > length).mean():.1%} of them longer than a row",

@@ -13,10 +13,12 @@ from onevocab.tasks import Card, Metric, Section, Wordings
 WORDINGS = {
     "caption_short": Wordings(("What is in the picture?", "Name what you see.", "List the objects in this picture.",
                                "What do you see?", "Give a short caption.", "Which things are in the picture?",
+                               "Can you say what you see?",
                                "Tell me what is in the picture.", "What can you see here?")),
     "caption_long": Wordings(("Describe the picture.", "Describe this picture in detail.", "Write a long caption.",
                               "What is where in this picture?", "Write in full what the picture shows.",
                               "Give a full description.", "Give all details of the picture.",
+                              "Can you describe the picture?",
                               "Describe what you see in detail.", "Give a detailed description of the picture.")),
     "caption_list": Wordings(("Describe the picture as a list.", "List what is where, and the background.",
                               "Make a list of places and objects.", "Give the picture's layout as a list.",

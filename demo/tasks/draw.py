@@ -9,6 +9,7 @@ from onevocab.evaluation import metrics
 from onevocab.tasks import Card, Metric, Section, Wordings
 
 WORDINGS = Wordings(("Draw {caption}.", "Paint {caption}.", "Make a picture of {caption}.", "Show me {caption}.",
+                     "Can you draw {caption}?",
                      "Give me a picture of {caption}.", "I want to see {caption}.", "Let me see {caption}."))
 
 

@@ -18,6 +18,7 @@ WORDINGS = {
     "edit_mirror": Wordings(("Mirror it.", "Flip the picture.", "Show it in a mirror.", "Mirror the picture.",
                              "Flip it.")),
     "edit_remove": Wordings(("Remove the {name}.", "Take the {name} away.", "Draw it without the {name}.",
+                             "Can you remove the {name}?",
                              "Take away the {name}.", "Show it without the {name}.")),
     "edit_replace": Wordings(("Replace the {name} with {a_other}.", "Put {a_other} in place of the {name}.",
                               "Turn the {name} into {a_other}.", "Make the {name} {a_other}.",

@@ -24,6 +24,7 @@ WORDINGS = {
                        "Tell me the place of the {name}.",
                        "Where do you see the {name}?", "Tell me where the {name} is.")),
     "yes_no": Wordings(("Is there {a_name}?", "Do you see {a_name}?", "Does the picture show {a_name}?",
+                        "Is {a_name} there?", "Can you find {a_name} here?",
                         "Is there {a_name} in the picture?", "Can you see {a_name}?")),
 }
 ABOUT_PICTURES = Section("Questions about a picture",

@@ -6,7 +6,8 @@ from onevocab.demo.tasks.hear import some_name
 from onevocab.demo.utterance import narrated
 from onevocab.tasks import Card, Metric, Section, Wordings
 
-WORDINGS = Wordings(("Say {text}", "Speak: {text}", "Read this: {text}", "Say this: {text}", "Speak this: {text}"))
+WORDINGS = Wordings(("Say {text}", "Speak: {text}", "Read this: {text}", "Can you say {text}?",
+                     "Say this: {text}", "Speak this: {text}"))
 SPOKEN = Section("Spoken by the model", "A text or a picture in, sound out. The speech judge chose among the listed "
                  "candidates.")
 

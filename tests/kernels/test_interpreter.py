@@ -18,7 +18,7 @@ from scratch import link_package
 
 INTERPRETED = Path(__file__).parent / "interpreter"
 # So many tests at least: nothing passes because nothing was collected.
-FEWEST = {"attention": 60, "cross_entropy": 28, "decode": 26, "elementwise": 42, "vq": 12}
+FEWEST = {"attention": 48, "cross_entropy": 28, "decode": 26, "elementwise": 42, "vq": 12}
 LIMIT = 300  # seconds for the tests of one file, or of one fault; one that makes them hang has not been noticed
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
@@ -68,7 +68,7 @@ def test_triton_kernels_under_the_interpreter(path):
 @needs_triton
 @pytest.mark.slow
 def test_attention_of_longer_rows_under_the_interpreter():
-    assert passed_under_the_interpreter(INTERPRETED / "test_attention_triton.py", "slow") >= 12
+    assert passed_under_the_interpreter(INTERPRETED / "test_attention_triton.py", "slow") >= 29
 
 
 @needs_triton

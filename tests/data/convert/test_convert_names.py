@@ -63,7 +63,8 @@ def test_what_is_not_walked_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     report, samples = converted("captions", source, tmp_path / "out")
     assert samples == [plain(png(0), "a"), plain(png(1), "b")]
-    assert report.dropped == {"hidden": 2, "unreadable folder": 1, "unknown ending": 1, "caption of no medium": 1}
+    assert report.dropped == {"hidden": 2, "unreadable folder": 1, "unknown ending": 1, "caption of no medium": 1,
+                              "beside a .txt": 1}
     assert report.first["unreadable folder"] == ["locked: Permission denied"]
     report, samples = converted("text", put(tmp_path / "texts", {"a.txt": "a", "b.md": "b"}), tmp_path / "t")
     assert samples == [plain("a")] and report.dropped == {"unknown ending": 1}

@@ -7,7 +7,15 @@ from onevocab.kernels import tuning
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference
 
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
-LENGTHS = [1, 17, 63, 65, pytest.param(129, marks=pytest.mark.slow)]  # seconds each under the interpreter
+
+
+def some_slow(fast: list, slow: list) -> list:
+    """Parameters, of which the slow ones, seconds each under the interpreter, are left to the slow tests."""
+    marked = [pytest.param(*each if isinstance(each, tuple) else (each,), marks=pytest.mark.slow) for each in slow]
+    return [*fast, *marked]
+
+
+LENGTHS = some_slow([1, 17, 65], [63, 129])
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +88,7 @@ def test_without_a_mask_it_is_causal(length):
     check(qkv(2, 1, length, length, 16), None)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", some_slow([torch.bfloat16], [torch.float16]))
 @pytest.mark.parametrize("heads,kv_heads,dim", [(2, 2, 64), (4, 1, 32)])
 def test_half_precision(dtype, heads, kv_heads, dim):
     check(qkv(heads, kv_heads, 65, 65, dim, dtype=dtype), IntervalMask.causal(documents(65)))
@@ -91,13 +99,13 @@ def test_other_head_dims(dim):
     check(qkv(2, 1, 40, 40, dim, batch=1), IntervalMask.causal(documents(40)[1:]))
 
 
-@pytest.mark.parametrize("block_q,block_k", [(16, 16), (16, 64), (64, 16), (32, 32)])
+@pytest.mark.parametrize("block_q,block_k", some_slow([(16, 64), (64, 16)], [(16, 16), (32, 32)]))
 def test_block_sizes(block_q, block_k):
     with blocks(block_q, block_k):
         check(qkv(2, 1, 100, 100, 16), IntervalMask.causal(documents(100)))
 
 
-@pytest.mark.parametrize("length", [48, *(pytest.param(long, marks=pytest.mark.slow) for long in (65, 130))])
+@pytest.mark.parametrize("length", some_slow([48], [65, 130]))
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2)])
 def test_shared_prefix(length, heads, kv_heads):
     """A picture and questions: the prefix ends within a block, one document sees none, another comes before it."""
@@ -108,8 +116,7 @@ def test_shared_prefix(length, heads, kv_heads):
     check(qkv(heads, kv_heads, length, length, 16), IntervalMask.shared_prefix(document, prefix))
 
 
-@pytest.mark.parametrize("window,sinks", [(1, 0), (17, 1), (70, 9), *(
-    pytest.param(*rest, marks=pytest.mark.slow) for rest in ((16, 0), (5, 4)))])
+@pytest.mark.parametrize("window,sinks", some_slow([(1, 0), (17, 1), (70, 9)], [(16, 0), (5, 4)]))
 def test_windows_and_sinks(window, sinks):
     check(qkv(2, 1, 97, 97, 16), IntervalMask.windowed(documents(97), window, sinks))
 
@@ -131,7 +138,7 @@ def test_two_random_intervals_and_empty_rows(queries, keys):
     assert (out.transpose(1, 2)[nothing] == 0).all() and (dq.transpose(1, 2)[nothing] == 0).all()
 
 
-@pytest.mark.parametrize("edge", [12, 14, 15, 16, 17, 28, 30, 31, 32, 33, 48])
+@pytest.mark.parametrize("edge", some_slow([15, 16, 17, 32], [12, 14, 28, 30, 31, 33, 48]))
 def test_intervals_that_end_at_block_edges(edge):
     """Every query sees the keys edge - 16 .. edge, and edge + 4 .. edge + 20: one too many or too few is seen."""
     first, last = torch.full((1, 80), edge - 16).clamp(min=0).int(), torch.full((1, 80), edge).int()
@@ -170,7 +177,7 @@ def test_large_scores_neither_overflow_nor_underflow():
         assert (got - want).abs().max() <= 1e-3 * want.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["documents", "future", "prefix"])
+@pytest.mark.parametrize("kind", some_slow(["documents"], ["future", "prefix"]))
 def test_nothing_leaks_bitwise(kind):
     """Change all keys and values that a query must not see: its output and gradients keep every bit."""
     document = torch.tensor([[0] * 21 + [1] * 30 + [2] * 26])
@@ -207,6 +214,7 @@ def test_backward_is_the_same_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_other_layouts():
     """Tensors of the model, which are (B, S, H, D) transposed; slices; columns apart; an expanded gradient."""
     mask, (q, k, v) = IntervalMask.causal(documents(33)), qkv(2, 1, 33, 33, 16)
@@ -235,6 +243,7 @@ def test_one_plan_serves_all_layers():
     assert not any(isinstance(key, int) for key in made)  # and nothing dense
 
 
+@pytest.mark.slow
 def test_operator_is_registered_as_torch_wants_it():
     from onevocab.kernels.attention.ops_triton import CONFIG, attention_op
 
