@@ -318,7 +318,7 @@ class Run:
         others = [phase.loader.limits for phase in phases]
         if self.main:
             write_limits(self.folder, name, together(usual.limits, *others))
-        elsewhere = usual.measure_below(together(read_limits(self.folder, filter(None, [after])), *others))
+        elsewhere = usual.measure_below(together(read_limits(self.folder, [after] if after else []), *others))
         if elsewhere and self.main:
             print(f"{name}: {elsewhere:,} samples that it holds out are trained on by another stage or phase, so they "
                   "are not measured", file=sys.stderr)

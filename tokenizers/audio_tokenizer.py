@@ -92,13 +92,13 @@ class AudioTokenizer(GridAutoencoder):
 
     def read(self, source) -> np.ndarray:
         """What `mono` takes -> float32 (n,) at 16 kHz, prepared as [audio] says (`sound.prepare`), at most
-        `max_seconds` long: a longer one loses of its silent margins first. Raises UserError on a sound that cannot be
-        used."""
-        samples = sound.prepare(self.mono(source), RATE, self.config.loudness, self.config.trim)
-        over = len(samples) - int(self.config.max_seconds * RATE)
-        if self.config.trim and 0 < over <= 2 * round(sound.EDGE * RATE):
-            samples = samples[over // 2 : len(samples) - (over - over // 2)]
-        elif over > 0:
+        `max_seconds` long. Raises UserError on a sound that cannot be used."""
+        return self._prepared(self.mono(source))
+
+    def _prepared(self, samples: np.ndarray) -> np.ndarray:
+        longest = int(self.config.max_seconds * RATE)
+        samples = sound.prepare(samples, RATE, self.config.loudness, self.config.trim, longest)
+        if len(samples) > longest:
             raise UserError(f"a sound of {len(samples) / RATE:.1f} s is longer than the {self.config.max_seconds} s "
                             "this model hears at once; cut it")
         return samples
@@ -109,7 +109,7 @@ class AudioTokenizer(GridAutoencoder):
             return source
         samples = self.mono(source)
         if len(samples) > self.config.max_seconds * RATE:  # by its silence, which noise would turn into sound
-            samples = self.read(source)
+            samples = self._prepared(samples)
         return augment(samples, RATE, self.config.augment, rng, self.config.max_seconds), RATE
 
     @torch.inference_mode()

@@ -15,7 +15,6 @@ LOUDNESS = -20.0  # dB of full scale: of the frames that are heard, as ITU-T P.5
 SOUNDING, SILENT = 30.0, 40.0  # dB below the loudest frame: down to the first it counts as heard, below the second not
 MARGIN = 0.05  # seconds of (near) silence that are left, or added, at both ends
 FRAME = 0.02  # seconds
-EDGE = MARGIN + FRAME / 2  # seconds: most of a prepared sound that lies before, or after, all that is heard
 OFFSET = 0.1  # of its RMS: a mean above this is the microphone's or the converter's, which nobody hears
 QUIETEST = 1e-5  # level below which there is nothing to make louder: a 16-bit file's last bit is 3e-5
 
@@ -71,9 +70,11 @@ def levels(samples: np.ndarray, rate: int) -> np.ndarray:
     return np.sqrt(np.maximum(power[2 * half + 1 :] - power[: -2 * half - 1], 0) / (2 * half + 1))
 
 
-def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = True) -> np.ndarray:
+def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = True,
+            longest: int | None = None) -> np.ndarray:
     """float32 (n,) -> float32 (m,): silence at both ends cut to `MARGIN` seconds, or filled up to it, and the loudness
-    brought to `LOUDNESS`. A constant offset is taken away first. A sound without anything in it is left as it is."""
+    brought to `LOUDNESS`. A constant offset is taken away first. A sound without anything in it is left as it is.
+    longest: samples; of a sound that only its margins make longer, these give way."""
     mean = samples.mean(dtype=np.float64)
     if abs(mean) > OFFSET * np.sqrt(np.mean(samples.astype(np.float64) ** 2)):
         samples = samples - np.float32(mean)
@@ -89,5 +90,8 @@ def prepare(samples: np.ndarray, rate: int, loudness: bool = True, trim: bool = 
         first, last = np.flatnonzero(level > loudest * 10 ** (-SILENT / 20))[[0, -1]] - edge
         margin = round(MARGIN * rate)
         start, stop = first - margin, last + 1 + margin
+        over = 0 if longest is None else stop - start - longest
+        if 0 < over <= 2 * (margin + edge // 2):  # a window hears half its length before a sound, and behind it
+            start, stop = start + over // 2, stop - (over - over // 2)
         samples = np.pad(samples[max(0, start) : stop], (max(0, -start), max(0, stop - len(samples))))
     return samples

@@ -57,8 +57,7 @@ def _pass_over_unnamed(described: list[Path], options) -> None:
     for path in described:
         with suppress(Dropped):  # it is counted when it is read
             for _, record in _records(path):
-                file = None if not isinstance(record, dict) else field_of(
-                    record, *[options.map["file"]] if "file" in options.map else FILES)
+                file = _file_of(options, record) if isinstance(record, dict) else None
                 file = file.get("path") if isinstance(file, dict) else file
                 if isinstance(file, str):
                     last = unicodedata.normalize("NFC", re.split(r"[/\\]", file.strip())[-1])
@@ -126,6 +125,11 @@ def _beside(place: str, names: list[str]) -> Iterator[Row]:
             yield from ((file, Dropped("unknown ending")) for file in files)
 
 
+def _file_of(options, record):
+    """What a table's record says of its file, None where it says nothing. Raises Dropped when it is no object."""
+    return field_of(record, *[options.map["file"]] if "file" in options.map else FILES)
+
+
 def _make(options, name: str, row) -> Iterator:
     folder, record = row
     media = _folder(folder, options.frames, options.follow_links)
@@ -133,7 +137,7 @@ def _make(options, name: str, row) -> Iterator:
         files, beside = record
         return pairs(lambda: [part for file in files for part in media.parts(file)],
                      _captions_in(media, beside) if beside else [], options.captions)
-    file = field_of(record, *[options.map["file"]] if "file" in options.map else FILES)
+    file = _file_of(options, record)
     captions = captions_of(record, *[options.map["caption"]] if "caption" in options.map else TEXTS)
     if file is None:
         raise Dropped("bad record", f"no field names a file (of {', '.join(map(str, record))}): say --map file=FIELD")

@@ -95,8 +95,6 @@ def test_a_picture_of_one_pixel_survives_augmentation():
     assert min(tokenizer.augmented(Image.new("RGB", (1, 1)), np.random.default_rng(0)).size) >= 1
 
 
-
-
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_broken_exif_costs_no_picture(kind):
     buffer = io.BytesIO()
