@@ -63,6 +63,7 @@ class Batch:
     ids, targets, positions: int64 (B, S), positions restart at 0 in every document; loss_weights: float32 (B, S), 0
     where nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index
     into the vocabulary's modalities; document_ids: int32 (B, S), a document's number in its row, -1 for padding.
+    mean_keys: how many tokens one sees of its document, the mean; known once a batch was moved to a device.
     """
 
     ids: torch.Tensor
@@ -71,9 +72,22 @@ class Batch:
     modality: torch.Tensor
     positions: torch.Tensor
     document_ids: torch.Tensor
+    mean_keys: float | None = None
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
-        return Batch(**{name: value.to(device, non_blocking=non_blocking) for name, value in vars(self).items()})
+        columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self._columns().items()}
+        mean_keys = self.mean_keys
+        if mean_keys is None and self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
+            mean_keys = float((self.positions + 1)[self.document_ids >= 0].float().mean())
+        return Batch(**columns, mean_keys=mean_keys)
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Its rows start .. stop - 1."""
+        columns = {name: value[start:stop] for name, value in self._columns().items()}
+        return Batch(**columns, mean_keys=self.mean_keys)
+
+    def _columns(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "mean_keys"}
 
 
 class PackedLoader:

@@ -3,11 +3,14 @@
     python -m onevocab.kernels.aot --write                                   writes kernels/*/aot.json
     python -m onevocab.kernels.aot --cases attention-128 --targets 90        prints, writes nothing
 
-Each operation's folder has its cases, `aot.py`, and the table of what they need, `aot.json`; both are found, not
-listed. A case calls a public function on small CPU tensors while launching is replaced by recording, so what is
-compiled is what a GPU would run: the launchers' own arguments, the configs of the tuning tables, and Triton's own
-specialisation (strides and pointers that 16 divides). The results are of no use, the compiled code is: shared memory,
-registers, spills (loads and stores of local memory) and the instructions that feed tensor cores, from the disassembly.
+Each operation's folder has its cases, `aot.py`, and the table of what they need, `aot.json`: version of Triton -> case
+-> target -> kernels. Both are found, not listed. The tables have two versions, the oldest that GPU machines bring and
+the one that wrote last.
+
+A case calls a public function on small CPU tensors while launching is replaced by recording, so what is compiled is
+what a GPU would run: the launchers' own arguments, the configs of the tuning tables, and Triton's own specialisation
+(strides and pointers that 16 divides). The results are of no use, the compiled code is: shared memory, registers,
+spills (loads and stores of local memory) and the instructions that feed tensor cores, from the disassembly.
 Each case is compiled in a process of its own, without the interpreter.
 """
 
@@ -32,9 +35,14 @@ from onevocab.common.files import read_json, write_json
 from onevocab.kernels import backend, tuning
 
 TARGETS = (90, 80)
-SHARED_LIMIT = {90: 232_448, 80: 166_912}  # bytes a program may have, CUDA programming guide, table of capabilities
-# Instructions of the disassembly: matrix products (warpgroup, warp), TMA loads, and spills.
-COUNTED = {"HGMMA": "HGMMA", "HMMA": "HMMA", "UTMALDG": "UTMALDG", "LDL": "LDL", "STL": "STL"}
+OLDEST = "3.6.0"  # Triton as the CUDA builds of torch 2.11 bring it
+# CUDA programming guide, table of capabilities. Bytes of shared memory: of a program, of a multiprocessor.
+SHARED_LIMIT = {90: 232_448, 80: 166_912}
+SHARED, SHARED_RESERVED, REGISTERS, THREADS = {90: 233_472, 80: 167_936}, 1024, 65_536, 2048
+# Instructions of the disassembly, name in the table -> expression: matrix products of a warpgroup and of a warp, waits
+# for those of a warpgroup, asynchronous copies into shared memory (by address, by descriptor), and spills.
+COUNTED = {"HGMMA": r"HGMMA", "waits": r"WARPGROUP\.DEPBAR", "HMMA": r"HMMA", "LDGSTS": r"LDGSTS",
+           "UTMALDG": r"UTMALDG", "LDL": r"LDL", "STL": r"STL"}
 FOLDER = Path(__file__).resolve().parent
 TIMEOUT = 600  # seconds for a case
 
@@ -48,9 +56,10 @@ def operations() -> dict[str, ModuleType]:
 OPERATIONS = operations()
 CASES = {name: call for module in OPERATIONS.values() for name, call in module.CASES.items()}
 FOLDER_OF = {name: folder for folder, module in OPERATIONS.items() for name in module.CASES}
-# Cases without spills, whose matrix products use warpgroups on Hopper, but for the kernels that multiply nothing.
+# Cases whose matrix products use warpgroups on Hopper, but for the kernels that multiply nothing.
 MAIN = tuple(name for module in OPERATIONS.values() for name in getattr(module, "MAIN", ()))
 WITHOUT_PRODUCTS = {name for module in OPERATIONS.values() for name in getattr(module, "WITHOUT_PRODUCTS", ())}
+TWO_PROGRAMS = {name for module in OPERATIONS.values() for name in getattr(module, "TWO_PROGRAMS", ())}
 
 
 def table_path(folder: str) -> Path:
@@ -68,9 +77,10 @@ def recording(capability: int, rows: set | None = None) -> Iterator[list]:
     device, look_up = SimpleNamespace(type="cuda"), tuning.config
 
     def config(table, operation, width, dtype, _):
+        found = look_up(table, operation, width, dtype, device)
         if rows is not None:
             rows.add((operation, width, dtype))
-        return look_up(table, operation, width, dtype, device)
+        return found
 
     replaced = [
         (JITFunction, "run", lambda self, *args, grid, warmup, **options: launched.append((self, args, options))),
@@ -119,7 +129,14 @@ def usage(cubin: bytes) -> dict[str, int]:
                                    check=True).stdout
         code = subprocess.run([tools / "nvdisasm", path], capture_output=True, text=True, check=True).stdout
     counts = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", resources)}
-    return counts | {name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}
+    return counts | {name: len(re.findall(rf"\b{instruction}\b", code)) for name, instruction in COUNTED.items()}
+
+
+def programs(registers: int, shared: int, warps: int, target: int) -> int:
+    """How many programs a multiprocessor holds at a time: registers are given out in steps of 8 a thread."""
+    threads = 32 * warps
+    return min(REGISTERS // (-(-registers // 8) * 8 * threads), SHARED[target] // (shared + SHARED_RESERVED),
+               THREADS // threads)
 
 
 def compile_case(name: str, target: int) -> list[dict]:
@@ -141,7 +158,9 @@ def compile_case(name: str, target: int) -> list[dict]:
                  if len(path) == 1 and names[path[0]].isupper() and isinstance(value, int)}
         row = {"kernel": function.__name__, "constants": {key: int(value) for key, value in sizes.items()},
                "warps": compiled.metadata.num_warps, "stages": compiled.metadata.num_stages,
-               "shared": compiled.metadata.shared, **usage(compiled.asm["cubin"])}
+               "shared": compiled.metadata.shared, **usage(compiled.asm["cubin"]),
+               "products": compiled.asm["ttgir"].count("ttng.warp_group_dot ")}
+        row["programs"] = programs(row["reg"], row["shared"], row["warps"], target)
         if row not in rows:
             rows.append(row)
     return rows
@@ -161,7 +180,9 @@ def in_process(name: str, target: int) -> list[dict]:
 
 
 def problems(table: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """What of the table breaks a rule: too much shared memory; spills, or no warpgroup products, in a main case."""
+    """What of case -> target -> kernels breaks a rule. Of all: no more shared memory than there is; no spills in 16-bit
+    types. Of main cases on Hopper: products by warpgroups, none of which waits for itself, and for kernels that a
+    module names two programs a multiprocessor, so that one computes while the other waits."""
     faults = []
     for name, targets in table.items():
         for target, rows in targets.items():
@@ -169,21 +190,30 @@ def problems(table: dict[str, dict[str, list[dict]]]) -> list[str]:
                 where = f"{name}, sm_{target}, {row['kernel']}"
                 if row["shared"] > SHARED_LIMIT[int(target)]:
                     faults.append(f"{where}: {row['shared']:,} B of shared memory, limit {SHARED_LIMIT[int(target)]:,}")
+                if (row["LDL"] or row["STL"]) and "fp32" not in name:
+                    faults.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
+                if row["waits"] > row["products"]:
+                    faults.append(f"{where}: {row['waits']} waits for {row['products']} products by warpgroups")
                 if name in MAIN and target == "90":
-                    if row["LDL"] or row["STL"]:
-                        faults.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
                     if row["kernel"] not in WITHOUT_PRODUCTS and not row["HGMMA"]:
                         faults.append(f"{where}: no warpgroup matrix products")
+                    if row["kernel"] in TWO_PROGRAMS and row["programs"] < 2:
+                        faults.append(f"{where}: {row['programs']} program a multiprocessor, not 2")
     return faults
 
 
 def write_table(folder: str, version: str, compiled: dict[str, dict[str, list[dict]]]) -> None:
-    """The committed table of one operation: what was found now, and the other cases' entries of the same Triton."""
+    """The committed table of one operation: what was found now, the other cases' entries of the same Triton, and those
+    of the oldest."""
     path = table_path(folder)
     old = read_json(path) if path.exists() else {}
-    kept = old.get("cases", {}) if old.get("triton") == version else {}  # of another version: all anew
+    kept = old.get(version, {})
     cases = {name: {**kept.get(name, {}), **compiled.get(name, {})} for name in OPERATIONS[folder].CASES}
-    write_json(path, {"triton": version, "cases": {name: targets for name, targets in cases.items() if targets}})
+    table = {OLDEST: old[OLDEST]} if OLDEST in old else {}
+    table[version] = {name: targets for name, targets in cases.items() if targets}
+    if version == OLDEST:
+        table |= {other: cases for other, cases in old.items() if other != OLDEST}
+    write_json(path, dict(sorted(table.items())))
 
 
 @cli
@@ -217,7 +247,8 @@ def main(argv: list[str] | None = None) -> None:
             table[name][str(target)] = rows
             for row in rows:
                 counts = ", ".join(f"{row[key]} {key}" for key in COUNTED if row[key])
-                needs = f"{row['shared']:>8,} B shared, {row['reg']:>3} registers" + (f", {counts}" if counts else "")
+                needs = f"{row['shared']:>8,} B shared, {row['reg']:>3} registers, {row['programs']:>2} programs" + (
+                    f", {counts}" if counts else "")
                 print(f"{name:28} sm_{target} {row['kernel']:20} {needs}", flush=True)
     if args.write:
         for folder in {FOLDER_OF[name]: None for name in chosen}:

@@ -2,8 +2,8 @@
 
 An operation's `aot.py` has CASES: name -> a call of its public function on small CPU tensors; `kernels/aot.py` says
 what becomes of it. They reach every row of the operation's tuning table that a target can reach. It may also have MAIN,
-names of cases that must have no spills and, on Hopper, warpgroup matrix products, and WITHOUT_PRODUCTS, kernels of
-these that multiply no matrices.
+names of cases that on Hopper must have warpgroup matrix products; WITHOUT_PRODUCTS, kernels of these that multiply no
+matrices; and TWO_PROGRAMS, kernels of these of which a multiprocessor must hold two programs.
 """
 
 from collections.abc import Callable, Iterable

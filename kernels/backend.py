@@ -42,6 +42,13 @@ def chosen() -> dict[str, Choice]:
     return dict(_last)
 
 
+def note(operation: str, remark: str) -> None:
+    """Adds to what `chosen()` says of an operation's last call: how its backend did it."""
+    last = _last.get(operation)
+    if last is not None and remark not in last.reason:
+        _last[operation] = Choice(last.backend, f"{last.reason}; {remark}")
+
+
 @contextlib.contextmanager
 def forced(backend: str | None):
     """Within the block all operations that are not told otherwise run on this backend; None changes nothing."""

@@ -30,13 +30,18 @@ class ModelConfig(BaseModel):
         return self
 
 
+NOT_SHAPE = {"init", "code_features"}
+
+
 class ModelSection(ModelConfig):
-    """[model]: a shape, or `init`, which has one."""
+    """[model]: a shape, or `init`, which has one; and how its rows are trained."""
 
     init: HomePath | None = Field(None, description="a Hugging Face Qwen3 folder, whose shape and weights are the "
                                   "start")
+    code_features: int = Field(128, ge=0, description="in training, numbers that describe a code's vector, from which "
+                               "its row of embedding and head is made; 0: each code has a row of its own alone")
 
     @property
     def shape(self) -> ModelConfig:
-        """Without the path, which is no part of it."""
-        return ModelConfig(**self.model_dump(exclude={"init"}))
+        """Without what is no part of the trained model."""
+        return ModelConfig(**self.model_dump(exclude=NOT_SHAPE))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.elementwise import qk_norm_rope, rms_norm, swiglu
 from onevocab.model.cache import KVCache
+from onevocab.model.code_rows import CodeRows, with_codes
 
 if TYPE_CHECKING:  # at run time any object with its fields does: benchmarks run without pydantic
     from onevocab.model.config import ModelConfig
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
     """Ids in, hidden states out; `logits`, or `linear_cross_entropy` with `head_weight`, does the rest.
 
     old_rows: how many rows of the vocabulary came with the weights that training started from; 0: it started from none.
+    code_rows: empty, or, in training, what the rows of codes are made of (`split_code_rows`).
     """
 
     old_rows = 0
@@ -95,6 +97,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
+        self.code_rows = nn.ModuleDict()
         self.initialise()
 
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -117,17 +120,32 @@ class Decoder(nn.Module):
         """Names of the parameters that have a row for each id."""
         return ["embed_tokens.weight"] + ([] if self.lm_head is None else ["lm_head.weight"])
 
+    def split_code_rows(self, features: dict[str, tuple[int, Tensor]], fresh: bool) -> None:
+        """Makes the rows of codes from features: modality -> (id of its first code, features (K, F) of its codes).
+        Before training; fresh: the rows were never trained. `fold` undoes it on a saved state."""
+        for name in self.row_parameters:
+            table = self.get_parameter(name)
+            for modality, (first, values) in features.items():
+                part = CodeRows(values, self.config.dim, first).to(table.device, table.dtype)
+                part.take(table, fresh)
+                self.code_rows[f"{name.removesuffix('.weight')}-{modality}"] = part
+
+    def _table(self, name: str) -> Tensor:
+        parts = [part for key, part in self.code_rows.items() if key.startswith(f"{name}-")]
+        return with_codes(self.get_parameter(f"{name}.weight"), parts)
+
     @property
     def head_weight(self) -> Tensor:
         """(V, dim)."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self._table("embed_tokens" if self.lm_head is None else "lm_head")
 
     def flops(self, tokens: float, keys: float) -> float:
         """FLOPs of a forward and a backward pass over `tokens` that together see `keys`. For each token 6 a number of
         a matrix (a tied head once, a table that is only looked up not at all); for each visible key 12 * heads *
         head_dim a layer (Chowdhery et al. 2022, PaLM, appendix B, with visible keys in place of the length)."""
         looked_up = 0 if self.lm_head is None else self.embed_tokens.weight.numel()
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1) - looked_up
+        per_step = sum(p.numel() for p in self.code_rows.parameters())  # not used for each token
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() > 1) - looked_up - per_step
         width = self.config.layers * self.config.heads * self.config.head_dim
         return 6 * matrices * tokens + 12 * width * keys
 
@@ -147,7 +165,7 @@ class Decoder(nn.Module):
         With a cache the new keys go to the slots `positions` of their rows (negative: padding, not stored), and
         the mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself.
         """
-        x = self.embed_tokens(ids)
+        x = F.embedding(ids, self._table("embed_tokens"))
         cos, sin = self.rotary(positions)
         store = None
         if cache is not None:

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from onevocab.common.checkpoint_files import AVERAGED, INFO, MODEL, check_shapes, read_manifest, verify
 from onevocab.common.errors import UserError
 from onevocab.common.files import read_json
+from onevocab.model.code_rows import fold
 
 
 def load_weights(step_folder) -> tuple[dict[str, Tensor], dict]:
-    """The weights (the averaged ones where there are) and `model.json` of one step folder, verified. Raises UserError
-    when it is missing or damaged."""
+    """The weights (the averaged ones where there are, with plain rows) and `model.json` of one step folder, verified.
+    Raises UserError when it is missing or damaged."""
     step_folder = Path(step_folder)
     if not step_folder.is_dir():
         raise UserError(f"no checkpoint at {step_folder}")
     weights = AVERAGED if AVERAGED in read_manifest(step_folder) else MODEL
     verify(step_folder, [weights, INFO])
-    return load_tensors(step_folder / weights), read_json(step_folder / INFO)
+    return fold(load_tensors(step_folder / weights)), read_json(step_folder / INFO)
 
 
 def load_tensors(path) -> dict[str, Tensor]:

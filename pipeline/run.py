@@ -25,6 +25,7 @@ from onevocab.data.shards.remote import list_sources, placed
 from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
+from onevocab.model.code_rows import features_of
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
 from onevocab.pipeline.checks import check_folder, check_settings, check_sources, language_stages
@@ -89,7 +90,8 @@ class Run:
     def _plan_stages(self) -> list[Stage]:
         config, made_of = self.config, self._made_of
         media = [*self.kept, *self.trained]  # the order of the vocabulary: a source's ids keep their meaning
-        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json")}
+        language = {"seed": config.seed, "model": config.model.shape.model_dump(mode="json"),
+                    "code_features": config.model.code_features}
         return [
             Stage("shards", _settings(config.data), (), self.write_shards),
             Stage("text", made_of["text"], ("shards", DATA)[: 1 + (self.source is None)], self.train_text),
@@ -336,7 +338,20 @@ class Run:
         if settings.new_rows_steps and not 0 < decoder.old_rows < tokenizers.vocab.size:
             raise UserError(f"{name}: new_rows_steps is for a run that starts from other weights (model.init, "
                             "init_from) and adds rows to their vocabulary; leave it out")
+        if self.config.model.code_features:
+            fresh = not after and self.source is None
+            decoder.split_code_rows(code_features(tokenizers, self.config.model.code_features), fresh)
         return tokenizers.vocab, loader, decoder
+
+
+def code_features(tokenizers: Tokenizers, count: int) -> dict[str, tuple[int, torch.Tensor]]:
+    """For `Decoder.split_code_rows`. A modality whose codes stand for nothing by themselves is left out."""
+    found = {}
+    for number, (name, tokenizer) in enumerate(tokenizers.media.items()):
+        vectors = tokenizer.quantizer.vectors()
+        if vectors is not None:
+            found[name] = tokenizers.vocab.spans[name].codes_start, features_of(vectors, count, seed=number)
+    return found
 
 
 def _settings(model: BaseModel) -> dict:

@@ -15,7 +15,7 @@ from onevocab.common.errors import UserError, invalid
 from onevocab.common.files import read_json, sha256_file
 from onevocab.common.provenance import first_difference
 from onevocab.generation.anytoany import STAGES
-from onevocab.model.config import ModelConfig, ModelSection
+from onevocab.model.config import NOT_SHAPE, ModelConfig, ModelSection
 from onevocab.model.decoder import Decoder
 from onevocab.model.pretrained import agreed, check_weights, read_shape, read_weights, start_from, weight_files
 from onevocab.model.weights import load_weights
@@ -39,8 +39,9 @@ def take_shape(source, model: ModelSection, written: dict) -> ModelSection:
     command line, says something else."""
     if source is None:
         return model
-    shape = agreed(source.config, {key: getattr(model, key) for key in sorted(set(written) - {"init"})}, source.folder)
-    return ModelSection(**shape.model_dump(), init=model.init)
+    given = {key: getattr(model, key) for key in sorted(set(written) - NOT_SHAPE)}
+    shape = agreed(source.config, given, source.folder)
+    return ModelSection(**shape.model_dump(), **model.model_dump(include=NOT_SHAPE))
 
 
 class PretrainedFolder:

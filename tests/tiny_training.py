@@ -9,12 +9,12 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from onevocab.common.errors import UserError, cli
+from onevocab.data.loader import Batch
 from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder
 from onevocab.training import distributed
@@ -22,19 +22,6 @@ from onevocab.training.config import TrainConfig
 from onevocab.training.faults import Stopped
 from onevocab.training.loop import train_language
 from onevocab.training.metrics import MetricsLog
-
-
-@dataclass
-class Batch:
-    ids: torch.Tensor
-    targets: torch.Tensor
-    loss_weights: torch.Tensor
-    modality: torch.Tensor
-    positions: torch.Tensor
-    document_ids: torch.Tensor
-
-    def to(self, device):
-        return self
 
 
 class Loader:

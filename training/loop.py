@@ -45,7 +45,8 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, batch) -> tuple[Tensor, Tensor]:
         """Returns (sum over tokens of weight * loss, nll (B * S,) in nats, 0 where the weight is 0)."""
-        hidden = self.decoder(batch.ids, batch.positions, IntervalMask.causal(batch.document_ids)).flatten(0, 1)
+        mask = IntervalMask.causal(batch.document_ids, batch.mean_keys)
+        hidden = self.decoder(batch.ids, batch.positions, mask).flatten(0, 1)
         head, weights = self.decoder.head_weight, batch.loss_weights.flatten()
         if self.watch:
             rows = weights.nonzero()[:WATCHED, 0]
@@ -63,12 +64,11 @@ def backward(
 
     The scale is that of the whole step, so parts with few tokens that count do not count more.
     """
-    columns = vars(batch).values()
     rows = len(batch.ids)
     mean, nlls = torch.zeros((), device=device), []
     for start in range(0, rows, micro_batch_size or rows):
         stop = min(start + (micro_batch_size or rows), rows)
-        part = batch if stop - start == rows else type(batch)(*(column[start:stop] for column in columns))
+        part = batch if stop - start == rows else batch.part(start, stop)
         with exchange(model, now=stop == rows):
             with autocast(precision, device):
                 loss, nll = model(part)

@@ -44,7 +44,8 @@ def replicate(model: nn.Module) -> nn.Module:
     """The model wrapped in DDP where there are several ranks and `shard` has not sharded it, else the model itself."""
     if distributed.world() == 1 or isinstance(model, FSDPModule):
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)  # else gradients are held twice
+    # A view, or gradients would be held twice. Buffers are the same on all ranks and stay as they are.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 @contextmanager

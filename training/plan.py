@@ -79,7 +79,7 @@ def activations(make: Callable[[int], nn.Module], batch, layers: int, tokens: in
         per_token = (many - few) / (counts[1] - counts[0])
         return per_token, few - per_token * counts[0]
 
-    small = [type(batch)(*(column[:1] for column in vars(batch).values())), batch]
+    small = [batch.part(0, 1), batch]
     counts = [part.ids.numel() for part in small]
     (token_one, fixed_one), (token_two, fixed_two) = needed(1, recompute), needed(2, recompute)
     per_token = token_one + (layers - 1) * (token_two - token_one)

@@ -5,6 +5,8 @@ Shapes: q (B, H, S, D); k and v (B, Hkv, T, D), H a multiple of Hkv; float32, fl
 blocks only.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from onevocab.kernels.decode import decode_attention
 
 __all__ = ["IntervalMask", "attention", "attention_reference"]
 
+DETERMINISTIC = "ONEVOCAB_DETERMINISTIC"
+
 
 def attention(
     q: Tensor,
@@ -24,9 +28,12 @@ def attention(
     mask: IntervalMask | None = None,
     scale: float | None = None,
     backend: str | None = None,
+    deterministic: bool | None = None,
 ) -> Tensor:
     """Like `attention_reference`, fused. mask=None means causal and needs S == T. backend: see `kernels.backend`.
 
+    deterministic: False allows a faster backward pass on a GPU whose last bits change from run to run, where the tuning
+    table has one; None: what the environment variable ONEVOCAB_DETERMINISTIC says, 1 unless it is set to 0.
     Raises ValueError when shapes, types or devices of q, k, v and mask do not belong together, when a tensor is
     empty, and when a backend is asked for that cannot run.
     """
@@ -42,7 +49,9 @@ def attention(
 
         if mask is None:
             mask = IntervalMask.causal(torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32, device=q.device))
-        return ops_triton.attention(q, k, v, mask, scale)
+        if deterministic is None:
+            deterministic = os.environ.get(DETERMINISTIC, "1") != "0"
+        return ops_triton.attention(q, k, v, mask, scale, deterministic)
     return attention_torch(q, k, v, mask, scale)
 
 
@@ -50,8 +59,8 @@ def _unsupported(q: Tensor, scale: float | None) -> str | None:
     """Why the Triton kernels cannot take q of this type and head dim, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernels take float32, bfloat16 and float16, not {q.dtype}"
-    if not 16 <= q.shape[-1] <= 128:
-        return f"its kernels take head dims 16 to 128, not {q.shape[-1]}"
+    if not 16 <= q.shape[-1] <= 256:
+        return f"its kernels take head dims 16 to 256, not {q.shape[-1]}"
     if scale is not None and scale <= 0:
         return f"its kernels take a positive scale, not {scale}"
     return None

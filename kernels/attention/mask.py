@@ -27,16 +27,22 @@ class IntervalMask:
     prefix_last: Tensor | None = None
     document: Tensor | None = None  # (B, S), set by `causal` and `shared_prefix`: a CPU runs document by document
     lengths: Tensor | None = None  # (B,), set by `up_to` for one query a row: a GPU splits the keys between programs
+    mean_keys: float | None = None  # keys that a query sees, the mean; None: not known on the host. For block sizes
     _cache: dict = field(default_factory=dict, repr=False)
 
     @classmethod
-    def causal(cls, document: Tensor) -> "IntervalMask":
-        """Causal within each run of equal ids in document (B, S); negative is padding, sees nothing."""
+    def causal(cls, document: Tensor, mean_keys: float | None = None) -> "IntervalMask":
+        """Causal within each run of equal ids in document (B, S); negative is padding, sees nothing.
+
+        mean_keys: how many keys a query sees, the mean, if the caller knows it: where it is small, a GPU takes smaller
+        blocks. It is not looked up on the device, where looking would wait for all that runs there.
+        """
         padding = document < 0
         return cls(
             _run_starts(document).masked_fill(padding, 1).int(),
             _index(document).masked_fill(padding, 0),
             document=document,
+            mean_keys=mean_keys,
         )
 
     @classmethod
@@ -76,7 +82,7 @@ class IntervalMask:
             raise ValueError(f"windowed: window {window} must be at least 1, sinks {sinks} at least 0")
         start, index, padding = _run_starts(document), _index(document), document < 0
         first = torch.maximum(start, index - (window - 1)).masked_fill(padding, 1)
-        mask = cls(first.int(), index.masked_fill(padding, 0))
+        mask = cls(first.int(), index.masked_fill(padding, 0), mean_keys=window + sinks)
         if sinks:
             mask.prefix_first = start.masked_fill(padding, 1).int()
             mask.prefix_last = torch.minimum(start + sinks - 1, index).masked_fill(padding, 0).int()

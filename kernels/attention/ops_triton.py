@@ -1,7 +1,8 @@
-"""Attention under an interval mask on a GPU: launches the kernels of `kernels_triton`, and registers them
-with torch as custom operators: shapes for tracing, a backward pass, FLOPs.
+"""Attention under an interval mask on a GPU: launches the kernels of `forward_triton` and `backward_triton`,
+and registers them with torch as custom operators: shapes for tracing, a backward pass, FLOPs.
 """
 
+import contextlib
 import math
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from onevocab.kernels import tuning
-from onevocab.kernels.attention.configs import TABLE
-from onevocab.kernels.attention.kernels_triton import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from onevocab.kernels.attention.backward_triton import delta_kernel, dkdv_kernel, dq_kernel
+from onevocab.kernels.attention.configs import SHORT, TABLE
+from onevocab.kernels.attention.descriptors import descriptor, obstacle
+from onevocab.kernels.attention.forward_triton import forward_kernel
 from onevocab.kernels.attention.mask import IntervalMask, visible_pairs
-from onevocab.kernels.backend import on_device
+from onevocab.kernels.backend import note, on_device
 
-CONFIG = ("block_q", "block_k", "num_warps", "num_stages")  # the order in which a config travels through the ops
+# The order in which a config travels through the ops; what a table's row does not name is 0.
+CONFIG = ("block_q", "block_k", "num_warps", "num_stages", "maxnreg", "descriptors", "ahead", "fused")
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
 
 
@@ -29,12 +33,40 @@ def _rows_of(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def sizes(q: Tensor, k: Tensor, intervals: Tensor, config: list[int]) -> dict:
+def config_for(kernel: str, q: Tensor, mask: IntervalMask) -> tuning.Config:
+    """The table's row; that for short documents where there is one and the mask is known to be of such."""
+    if mask.mean_keys is not None and mask.mean_keys <= SHORT:
+        with contextlib.suppress(ValueError):
+            return tuning.config(TABLE, f"{kernel}_short", q.shape[-1], q.dtype, q.device)
+    return tuning.config(TABLE, kernel, q.shape[-1], q.dtype, q.device)
+
+
+def settings(configs: list[int], kernel: str) -> dict[str, int]:
+    """One kernel's config from the list of all."""
+    at = KERNELS.index(kernel) * len(CONFIG)
+    return dict(zip(CONFIG, configs[at : at + len(CONFIG)], strict=True))
+
+
+def operands(config: dict[str, int], queries: dict[str, Tensor], keys: dict[str, Tensor]) -> tuple[list, bool]:
+    """What a kernel reads tiles from, and whether these are descriptors: where the config asks for them and they can
+    address every tensor. Where they cannot, pointers give the same results, and `chosen()` says so."""
+    tensors = queries | keys
+    if config["descriptors"]:
+        why = obstacle(**tensors)
+        if why is None:
+            return [descriptor(x, config["block_q"]) for x in queries.values()] + \
+                   [descriptor(x, config["block_k"]) for x in keys.values()], True
+        note("attention", f"by pointers: {why}")
+    return list(tensors.values()), False
+
+
+def launch_options(q: Tensor, k: Tensor, intervals: Tensor, config: dict[str, int], descriptors: bool) -> dict:
     dim = q.shape[-1]
     return {
         "GROUPS": q.shape[1] // k.shape[1], "D": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16),
-        "TWO": intervals.shape[1] == 4, "BLOCK_Q": config[0], "BLOCK_K": config[1],
-        "num_warps": config[2], "num_stages": config[3],
+        "TWO": intervals.shape[1] == 4, "BLOCK_Q": config["block_q"], "BLOCK_K": config["block_k"],
+        "DESCRIPTORS": descriptors, "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+        **({"maxnreg": config["maxnreg"]} if config["maxnreg"] else {}),
     }  # fmt: skip
 
 
@@ -48,10 +80,12 @@ def attention_op(
     q, k, v = (_rows_of(x) for x in (q, k, v))
     (batch, heads, length, _), out = q.shape, like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    config = settings(configs, "attention_forward")
+    tiles, descriptors = operands(config, {"q": q}, {"k": k, "v": v})
     forward_kernel[(plan.shape[1], heads, batch)](
-        q, k, v, out, lse, intervals, plan, scale / math.log(2), length, k.shape[2],
+        *tiles, out, lse, intervals, plan, scale / math.log(2), length, k.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        **sizes(q, k, intervals, configs[:4]),
+        AHEAD=bool(config["ahead"] and descriptors), **launch_options(q, k, intervals, config, descriptors),
     )  # fmt: skip
     return out, lse
 
@@ -76,13 +110,28 @@ def attention_backward_op(
         out, grad, delta, length, *out.stride()[:3], *grad.stride()[:3],
         D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_Q=64,
     )  # fmt: skip
+    numbers = scale, scale / math.log(2), length, k.shape[2]
+
+    config = settings(configs, "attention_dkdv")
+    fused = bool(config["fused"])
+    sums = q.new_zeros(q.shape, dtype=torch.float32) if fused else None
+    extra = {"sums": sums} if fused else {}
+    tiles, descriptors = operands(config, {"q": q, "grad": grad, **extra}, {"k": k, "v": v})
+    q_tile, grad_tile, *sums_tile, k_tile, v_tile = tiles
     dkdv_kernel[(plan_dkdv.shape[1], k.shape[1], batch)](
-        q, k, v, grad, lse, delta, dk, dv, intervals, plan_dkdv, scale, scale / math.log(2), length, k.shape[2],
-        *strides, *dk.stride()[:3], *dv.stride()[:3], **sizes(q, k, intervals, configs[8:]),
+        q_tile, k_tile, v_tile, grad_tile, lse, delta, dk, dv, *(sums_tile or [None]), intervals, plan_dkdv, *numbers,
+        *strides, *dk.stride()[:3], *dv.stride()[:3], FUSED=fused,
+        **launch_options(q, k, intervals, config, descriptors),
     )  # fmt: skip
+    if fused:
+        dq.copy_(sums.mul_(scale))
+        return dq, dk, dv
+
+    config = settings(configs, "attention_dq")
+    (q_tile, grad_tile, k_tile, v_tile), descriptors = operands(config, {"q": q, "grad": grad}, {"k": k, "v": v})
     dq_kernel[(plan_dq.shape[1], heads, batch)](
-        q, k, v, grad, lse, delta, dq, intervals, plan_dq, scale, scale / math.log(2), length, k.shape[2],
-        *strides, *dq.stride()[:3], **sizes(q, k, intervals, configs[4:8]),
+        q_tile, k_tile, v_tile, grad_tile, lse, delta, dq, intervals, plan_dq, *numbers, *strides, *dq.stride()[:3],
+        **launch_options(q, k, intervals, config, descriptors),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -119,14 +168,21 @@ def _backward_flops(grad, q, k, v, out, lse, intervals, *_, **__) -> int:
     return 5 * 2 * visible_pairs(intervals) * q.shape[1] * q.shape[3]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None = None, deterministic: bool = True
+) -> Tensor:
     """Like `kernels.attention.attention`, whose checks come before this."""
-    configs = [tuning.config(TABLE, name, q.shape[-1], q.dtype, q.device) for name in KERNELS]
+    configs = {name: config_for(name, q, mask) for name in KERNELS}
+    if not deterministic:
+        try:
+            configs["attention_dkdv"] = tuning.config(TABLE, "attention_fused", q.shape[-1], q.dtype, q.device)
+        except ValueError as error:
+            note("attention", f"deterministic: {error}")
     keys = k.shape[2]
-    forward, dq, dkdv = ((config["block_q"], config["block_k"]) for config in configs)
+    forward, dq, dkdv = ((config["block_q"], config["block_k"]) for config in configs.values())
     out, _ = attention_op(
         q, k, v, mask.intervals(keys), mask.plan(keys, *forward), mask.plan(keys, *dq),
         mask.transposed_plan(keys, *dkdv), q.shape[-1] ** -0.5 if scale is None else float(scale),
-        [config[name] for config in configs for name in CONFIG],
+        [config.get(name, 0) for config in configs.values() for name in CONFIG],
     )  # fmt: skip
     return out

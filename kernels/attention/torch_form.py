@@ -2,7 +2,8 @@
 
 A mask of packed documents runs one fused kernel call per document; a dense mask would compute every pair and throw
 most away (forward and backward of 3,072 tokens in rows of 256 with three documents each, 2 cores: 8 ms against 12). A
-prefix that documents share costs one call more for all of them. Every other mask goes to SDPA as a dense one.
+prefix that documents share costs one call more for all of them. A mask of which blocks see a small part, as windows do,
+runs block by block (`torch_blocks`); every other one goes to SDPA as a dense mask.
 """
 
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onevocab.kernels.attention.mask import IntervalMask
+from onevocab.kernels.attention.torch_blocks import ByBlock, blocks_of
+
+SPARSE, SHARE = 256, 0.5  # from how many queries, and up to which share of all pairs, a mask runs block by block
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -27,6 +31,11 @@ def attention_torch(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None, 
         if torch.compiler.is_compiling() and mask.prefix_first is None:
             return _unflatten(_by_document(q, k, v, mask.document, scale)[0], q.shape).to(kind)
         return _ByDocument.apply(q, k, v, mask.runs(), mask.prefixes(), scale).to(kind)
+    if q.device.type == "cpu" and q.shape[2] >= SPARSE and not torch.compiler.is_compiling():
+        kind, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        blocks = blocks_of(mask, k.shape[2], wide)
+        if blocks.pairs <= SHARE * q.shape[0] * q.shape[2] * k.shape[2]:
+            return ByBlock.apply(q.to(wide), k.to(wide), v.to(wide), blocks, scale).to(kind)
     visible, empty = mask.dense(k.shape[2]), mask.empty(k.shape[2])
     if empty is not None:  # an empty row sees anything, so that no kernel divides 0 by 0; dropped below
         visible = visible | empty

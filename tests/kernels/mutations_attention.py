@@ -4,10 +4,13 @@ Data for a test that copies `kernels/`, replaces the text, runs those tests and 
 pytest path and a -k expression; those of the interpreter run under it.
 """
 
-KERNELS = "kernels/attention/kernels_triton.py"
+FORWARD = "kernels/attention/forward_triton.py"
+BACKWARD = "kernels/attention/backward_triton.py"
+TILES = "kernels/attention/tiles_triton.py"
 OPS = "kernels/attention/ops_triton.py"
 MASK = "kernels/attention/mask.py"
 CPU = "kernels/attention/torch_form.py"
+BLOCKS = "kernels/attention/torch_blocks.py"
 INTERPRETER = "tests/kernels/interpreter/test_attention_triton.py"
 FAST = "tests/kernels/test_attention.py"
 
@@ -25,25 +28,24 @@ MUTATIONS = {
         INTERPRETER, "without_a_mask",
     ),
     "mask's end exclusive in the forward": (
-        KERNELS, "(keys[None, :] <= last[:, None])\n        scores", "(keys[None, :] < last[:, None])\n        scores",
+        FORWARD, "(keys[None, :] <= last[:, None])\n        scores", "(keys[None, :] < last[:, None])\n        scores",
         INTERPRETER, "without_a_mask",
     ),
     "mask's end exclusive in dQ": (
-        KERNELS, "(keys[None, :] <= last[:, None])\n        p =", "(keys[None, :] < last[:, None])\n        p =",
+        BACKWARD, "(keys[None, :] <= last[:, None])\n        d_scores",
+        "(keys[None, :] < last[:, None])\n        d_scores",
         INTERPRETER, "without_a_mask",
     ),
     "mask's end exclusive in dK and dV": (
-        KERNELS, "keys[:, None] <= last[None, :]", "keys[:, None] < last[None, :]",
+        BACKWARD, "keys[:, None] <= last[None, :]", "keys[:, None] < last[None, :]",
         INTERPRETER, "without_a_mask",
     ),
     "second interval read as the first": (
-        KERNELS, "tl.where(second, 2 * S, 0)", "tl.where(second, 0, 0)",
+        TILES, "tl.where(second, 2 * S, 0)", "tl.where(second, 0, 0)",
         INTERPRETER, "shared_prefix",
     ),
     "second interval's full blocks ignored": (
-        KERNELS,
-        "full_hi - full_lo + full_hi2 - full_lo2):\n        at = _walk(step, full_lo, full_hi, full_lo2)\n        acc",
-        "full_hi - full_lo):\n        at = _walk(step, full_lo, full_hi, full_lo2)\n        acc",
+        FORWARD, "n_full = full_hi - full_lo + full_hi2 - full_lo2", "n_full = full_hi - full_lo",
         INTERPRETER, "block_edges",
     ),
     "overlapping intervals counted twice": (
@@ -51,11 +53,11 @@ MUTATIONS = {
         INTERPRETER, "windows",
     ),
     "missing scale in dQ": (
-        KERNELS, "dq * scale, D", "dq, D",
+        BACKWARD, "dq * scale, D", "dq, D",
         INTERPRETER, "packed_documents",
     ),
     "missing scale in dK": (
-        KERNELS, "dk * scale, D", "dk, D",
+        BACKWARD, "dk * scale, D", "dk, D",
         INTERPRETER, "packed_documents",
     ),
     "natural scale in base 2": (
@@ -63,27 +65,55 @@ MUTATIONS = {
         INTERPRETER, "packed_documents",
     ),
     "wrong key head in the forward": (
-        KERNELS, "kv_head = head // GROUPS\n    Q += batch * q_batch + head.to(tl.int64) * q_head\n    K += batch * "
-        "k_batch + kv_head.to(tl.int64) * k_head\n    V += batch * v_batch + kv_head.to(tl.int64) * v_head\n    Out",
-        "kv_head = head % (tl.num_programs(1) // GROUPS)\n    Q += batch * q_batch + head.to(tl.int64) * q_head\n"
-        "    K += batch * k_batch + kv_head.to(tl.int64) * k_head\n    V += batch * v_batch + kv_head.to(tl.int64) * "
-        "v_head\n    Out",
+        FORWARD, "kv_head = head // GROUPS", "kv_head = head % (tl.num_programs(1) // GROUPS)",
         INTERPRETER, "shared_prefix",
     ),
     "only the first query head of a group reaches dK and dV": (
-        KERNELS, "head = (head0 + step // n)", "head = (head0 + step // n * 0)",
+        BACKWARD, "head0 + step // each, at, second", "head0, at, second",
         INTERPRETER, "shared_prefix",
     ),
+    "descriptors: always the first head": (
+        TILES, "X.load([batch, head, start, 0])", "X.load([batch, head * 0, start, 0])",
+        INTERPRETER, "descriptors",
+    ),
+    "descriptors: tiles of keys as long as those of queries": (
+        OPS, 'descriptor(x, config["block_k"])', 'descriptor(x, config["block_q"])',
+        INTERPRETER, "descriptors",
+    ),
+    "descriptors: strides are not looked at": (
+        "kernels/attention/descriptors.py", "step <= 0 or step * x.element_size() % 16", "step <= 0",
+        INTERPRETER, "descriptor",
+    ),
+    "ahead: the first block at an edge twice": (
+        FORWARD, "after, _ = walk_edges(step + 1,", "after, _ = walk_edges(step,",
+        INTERPRETER, "descriptors",
+    ),
+    "ahead: the first block is one at an edge": (
+        FORWARD, "tl.where(n_full > 0, walk(0", "tl.where(n_full > 1, walk(0",
+        INTERPRETER, "descriptors",
+    ),
+    "fused: dQ without the scale": (
+        OPS, "dq.copy_(sums.mul_(scale))", "dq.copy_(sums)",
+        INTERPRETER, "fused",
+    ),
+    "fused: dQ of the last block of keys alone": (
+        BACKWARD, "DQ.load([batch, head, start, 0]) + tile", "tile",
+        INTERPRETER, "fused",
+    ),
+    "short documents take large blocks": (
+        OPS, "mask.mean_keys <= SHORT", "mask.mean_keys > SHORT",
+        INTERPRETER, "blocks_follow",
+    ),
     "running maximum not faded": (
-        KERNELS, "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)",
+        FORWARD, "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)",
         INTERPRETER, "without_a_mask",
     ),
     "delta forgotten": (
-        KERNELS, "- delta[None, :])", "- 0 * delta[None, :])",
+        BACKWARD, "- delta[None, :])", "- 0 * delta[None, :])",
         INTERPRETER, "packed_documents",
     ),
     "an empty row divides by zero": (
-        KERNELS, "acc / tl.where(empty, 1.0, total)[:, None]", "acc / total[:, None]",
+        FORWARD, "acc / tl.where(empty, 1.0, total)[:, None]", "acc / total[:, None]",
         INTERPRETER, "empty_rows",
     ),
     "last query block taken for whole in dK and dV": (
@@ -91,7 +121,7 @@ MUTATIONS = {
         INTERPRETER, "without_a_mask",
     ),
     "last key of a head dim dropped": (
-        KERNELS, "(rows < limit) & (columns < D), other", "(rows < limit) & (columns < D - 1), other",
+        TILES, "(rows < limit) & (columns < D), other", "(rows < limit) & (columns < D - 1), other",
         INTERPRETER, "other_head_dims",
     ),
     "CPU: the prefix's share of the softmax swapped": (
@@ -101,6 +131,18 @@ MUTATIONS = {
     "CPU: log-sum-exp of the own part alone in the backward": (
         CPU, "lse[:, :, queries] = torch.logaddexp(own_lse, shared_lse)", "pass",
         FAST, "shared_prefix",
+    ),
+    "CPU: the last key of an interval is not gathered": (
+        BLOCKS, "(last + 1).flatten(1), -seen", "last.flatten(1), -seen",
+        FAST, "block_by_block",
+    ),
+    "CPU: gradients of a key that two blocks read are not added up": (
+        BLOCKS, "total.index_add_(0,", "total.index_copy_(0,",
+        FAST, "block_by_block",
+    ),
+    "CPU: keys of another row of the batch": (
+        BLOCKS, "numbers, 0) + row", "numbers, 0) + 0 * row",
+        FAST, "block_by_block",
     ),
     "CPU: neighbours with different prefixes taken together": (
         MASK, "and prefixes[-1][1] == keys:", "and True:",

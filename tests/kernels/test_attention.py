@@ -4,7 +4,7 @@ import pytest
 import torch
 from rounding import no_worse
 
-from onevocab.kernels.attention import IntervalMask, attention, attention_reference
+from onevocab.kernels.attention import IntervalMask, attention, attention_reference, torch_blocks
 
 
 def documents(rows, length, seed=0, padding=True):
@@ -42,6 +42,36 @@ def test_attention_with_two_intervals_and_empty_rows(queries):
     out, *_ = no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask),
                        *qkv(2, 4, 2, queries, 40, 32))
     assert (out[0, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("window,sinks,length", [(40, 3, 300), (1, 0, 256), (64, 0, 321)])
+def test_windows_run_block_by_block_on_a_cpu(window, sinks, length, heads, kv_heads):
+    """Rows with documents that end within a block, and with padding; nothing of S * T numbers is made."""
+    mask = IntervalMask.windowed(documents(2, length), window, sinks)
+    out, *_ = no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask),
+                       *qkv(2, heads, kv_heads, length, length, 16))
+    assert (out.transpose(1, 2)[mask.first > mask.last] == 0).all()
+    torch_blocks.blocks_of(mask, length, torch.float32)
+    assert mask._cache["blocks", length, torch.float32].pairs < 0.8 * 2 * length**2
+    fresh = IntervalMask.windowed(documents(2, length), window, sinks)
+    attention(*qkv(2, heads, kv_heads, length, length, 16), fresh)
+    assert not any(isinstance(key, int) for key in fresh._cache)  # where the dense mask would be kept
+
+
+def test_any_intervals_run_block_by_block_on_a_cpu():
+    """Keys longer than queries, intervals far apart, rows that see nothing; half precision is computed in float32."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.arange(256).expand(2, 256) + torch.randint(0, 30, (2, 256), generator=generator)
+    mask = IntervalMask(first.int(), (first + 20).int(), torch.zeros_like(first).int(), torch.full_like(first, 5).int())
+    nothing = torch.rand(2, 256, generator=generator) < 0.1
+    mask.last[nothing], mask.prefix_last[nothing] = mask.first[nothing] - 1, -1
+    x = qkv(2, 4, 2, 256, 700, 16)
+    out, *_ = no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask), *x)
+    assert (out.transpose(1, 2)[nothing] == 0).all()
+    assert ("blocks", 700, torch.float32) in mask._cache
+    half = [each.bfloat16() for each in x]
+    assert torch.equal(attention(*half, mask), attention(*(each.float() for each in half), mask).bfloat16())
 
 
 def test_attention_without_a_mask_is_causal():

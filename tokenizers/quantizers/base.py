@@ -6,6 +6,7 @@ or product quantization) uses the same numbers for each of them: which one is me
 grid of codes those of one place stand side by side.
 """
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ class Quantizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes (..., codes_per_place) -> vectors (..., dim)"""
         raise NotImplementedError
+
+    def vectors(self) -> Tensor | None:
+        """What each code stands for, (codebook_size, dim); None where that depends on its position."""
+        if self.codes_per_place > 1:
+            return None
+        return self.decode(torch.arange(self.codebook_size, device=next(self.buffers()).device)[:, None])
 
     def bypass(self, z: Tensor) -> Tensor:
         """z (..., dim) -> what `quantize` gives, (..., dim), but not rounded: for training before the codebook is."""
