@@ -26,7 +26,7 @@ help:
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
 	@echo "make bench  measures training speed and memory beside transformers' Qwen3, and litgpt's and torchtitan's where installed"
-	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, with the Python that PYTHON names"
+	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, in nine minutes, with the Python that PYTHON names"
 	@echo "make lint   runs ruff"
 
 demo: $(VENV)/.demo
@@ -47,8 +47,9 @@ bench: $(VENV)/.dev
 	$(RUN) $(THREADS) python -m benchmarks.train_step --device cpu --seconds 30 --out benchmarks/results/train_step-cpu.json
 
 # No set-up: a bare CUDA image with torch, triton, numpy and einops is enough.
+OUT ?= runs/bench-gpu
 bench-gpu:
-	$(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(BENCH_ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

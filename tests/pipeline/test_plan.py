@@ -13,8 +13,9 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder, qwen3_config
 from onevocab.pipeline.config import read_config
 from onevocab.pipeline.plan import plan_lines
+from onevocab.training.config import OptimizerConfig
 from onevocab.training.loop import NextTokenLoss, backward
-from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.muon import build_optimizers
 from onevocab.training.parallel import recompute_layers
 from onevocab.training.plan import activations, plan
 
