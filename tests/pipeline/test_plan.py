@@ -98,7 +98,7 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
     assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
 
 
-SIZES = {"demo": (1e6, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
+SIZES = {"demo": (1e6, 1), "hopper": (3e7, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("large", "7b") else ())
