@@ -7,6 +7,7 @@ PIP_ARGS ?=
 VENV ?= .venv
 
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS)
+PIP_DOWNLOAD = $(VENV)/bin/python -m pip download --disable-pip-version-check $(PIP_ARGS)
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 # torchrun sets one thread when the variable is unset. torch counts physical cores; more than 8 do not help matrices this small.
 THREADS = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$($(VENV)/bin/python -c "import torch; print(min(8, torch.get_num_threads()))")}
@@ -17,7 +18,7 @@ TORCHRUN = torchrun --standalone
 # Without the speech extra (see the set-up below) the demo goes on with tones.
 VOICES = $$($(VENV)/bin/python -c "import espeakng_loader" 2>/dev/null || echo --data.demo.voices=tones)
 
-.PHONY: help demo test smoke bench bench-gpu lint
+.PHONY: help demo test smoke bench bench-gpu demo-gpu-prepare demo-gpu demo-gpu-evaluate lint
 # A failed set-up leaves no half-made target behind.
 .DELETE_ON_ERROR:
 
@@ -26,7 +27,8 @@ help:
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
 	@echo "make bench  measures training speed and memory beside transformers' Qwen3, and litgpt's and torchtitan's where installed"
-	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, with the Python that PYTHON names"
+	@echo "make bench-gpu  checks and times every kernel on this machine's GPU, in nine minutes, with the Python that PYTHON names"
+	@echo "make demo-gpu-prepare, demo-gpu, demo-gpu-evaluate  a larger demo: codes made here, eight minutes on a GPU, judged here"
 	@echo "make lint   runs ruff"
 
 demo: $(VENV)/.demo
@@ -48,7 +50,24 @@ bench: $(VENV)/.dev
 
 # No set-up: a bare CUDA image with torch, triton, numpy and einops is enough.
 bench-gpu:
-	$(PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
+	$(PYTHON) -m benchmarks.gpu --out $(or $(OUT),runs/bench-gpu) $(BENCH_ARGS)
+
+# Here: the codes, and the wheels that a CUDA image with Python 3.12 lacks. There, without a network: the training. Here again.
+GPU ?= runs/gpu
+demo-gpu-prepare: $(VENV)/.demo
+	$(RUN) $(THREADS) python -m onevocab.pipeline.away prepare configs/hopper.toml --out $(GPU) $(VOICES)
+	$(PIP_DOWNLOAD) --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+	  --platform manylinux2014_x86_64 --dest $(GPU)/wheels --requirement $(GPU)/requirements.txt
+
+demo-gpu:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(GPU)/site $(GPU)/wheels/*.whl
+	ln -sfn "$(CURDIR)" $(GPU)/site/onevocab
+	PYTHONPATH="$(abspath $(GPU))/site" $(PYTHON) -m onevocab.pipeline.away train $(GPU)/run.tar.xz runs/hopper \
+	  --minutes $(or $(MINUTES),8) --out $(or $(OUT),$(GPU)/trained) --data.workers=16
+
+demo-gpu-evaluate: $(VENV)/.demo
+	$(RUN) python -m onevocab.pipeline.away take $(or $(OUT),$(GPU)/trained) runs/hopper
+	$(RUN) $(THREADS) python -m onevocab.evaluation runs/hopper
 
 lint: $(VENV)/.dev
 	$(RUN) ruff check .

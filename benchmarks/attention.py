@@ -10,6 +10,7 @@ backward, whatever a provider computes beside them.
 import functools
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,9 @@ from benchmarks.work import OURS, Cost, Preset, Target, Unavailable, Work
 from onevocab.common.errors import UserError
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference
 
-FLASH, CUDNN, VARLEN = "SDPA flash", "SDPA cuDNN", "flash, variable length"
+FLASH, CUDNN = "SDPA flash", "SDPA cuDNN"
+VARLEN, VARLEN_REPEATED = "flash, variable length", "flash, variable length, keys repeated"
+FA3, FA3_VARLEN = "FlashAttention 3", "FlashAttention 3, variable length"
 DENSE, DENSE_REPEATED, FLEX = "SDPA dense mask", "SDPA dense mask, keys repeated", "FlexAttention, block mask"
 ANY_DENSE = (DENSE, DENSE_REPEATED)
 CAUSAL = "SDPA causal"
@@ -137,26 +140,56 @@ def sdpa(backend: str | None = None, mask: IntervalMask | None = None, repeat: b
     return call
 
 
-def variable_length(document: Tensor):
-    """torch's flash attention over documents laid end to end; it knows causal documents and nothing else."""
+def on_gpu(document: Tensor, module: str, how: str):
+    """The module of a peer, or Unavailable."""
     if document.device.type != "cuda":
         raise Unavailable("needs a GPU")
-    from torch.nn.attention.varlen import varlen_attn
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{how} ({error})") from None
 
+
+def end_to_end(document: Tensor, kernel: Callable, repeat: bool = False) -> Callable:
+    """kernel(q, k, v, ends, ends, longest, longest) over documents laid end to end, (tokens, heads, dim); it knows
+    causal documents and nothing else. repeat: keys and values for every head, in each call."""
     flat = document + torch.arange(len(document), device=document.device)[:, None] * (document.max() + 1)
     lengths = flat.flatten().unique_consecutive(return_counts=True)[1]
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
-    groups_known = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12
 
     def call(q, k, v):
         rows, length, groups = q.shape[0], q.shape[2], q.shape[1] // k.shape[1]
-        options = {"enable_gqa": groups > 1} if groups_known else {}
-        if not groups_known and groups > 1:
+        if repeat:
             k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(*flat, ends, ends, longest, longest, window_size=(-1, 0), **options)
+        out = kernel(*flat, ends, ends, longest, longest)
+        out = out[0] if isinstance(out, tuple) else out
         return out.unflatten(0, (rows, length)).transpose(1, 2)
+
+    return call
+
+
+def variable_length(document: Tensor, repeat: bool = False) -> Callable:
+    """torch's flash attention. Until torch 2.12 it has no word for grouped heads, and whether it takes them is seen by
+    trying; so it is also run with keys repeated, whose time counts."""
+    theirs = on_gpu(document, "torch.nn.attention.varlen", "not in this torch").varlen_attn
+    grouped = "enable_gqa" in inspect.signature(theirs).parameters
+    if repeat and grouped:
+        raise Unavailable("not needed: it takes grouped heads here")
+    options = {"window_size": (-1, 0), **({"enable_gqa": True} if grouped else {})}
+    return end_to_end(document, lambda *given: theirs(*given, **options), repeat)
+
+
+def flash_3(document: Tensor, packed: bool) -> Callable:
+    """FlashAttention 3 (Shah et al. 2024), as its authors build it: torch does not have it."""
+    theirs = on_gpu(document, "flash_attn_interface", "FlashAttention 3 is not installed")
+    if packed:
+        return end_to_end(document, lambda *given: theirs.flash_attn_varlen_func(*given, causal=True))
+
+    def call(q, k, v):
+        out = theirs.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return call
 
@@ -199,11 +232,15 @@ def build(kind: str):
         if kind == "causal":
             providers |= {CAUSAL: sdpa}
             if device.type == "cuda":
-                providers |= {FLASH: lambda: sdpa("FLASH_ATTENTION"), CUDNN: lambda: sdpa("CUDNN_ATTENTION")}
+                providers |= {FLASH: lambda: sdpa("FLASH_ATTENTION"), CUDNN: lambda: sdpa("CUDNN_ATTENTION"),
+                              FA3: lambda: flash_3(document, packed=False)}
         else:
             providers |= {DENSE: lambda: sdpa(mask=mask()), DENSE_REPEATED: lambda: sdpa(mask=mask(), repeat=True)}
         if kind == "packed":
-            providers[VARLEN] = lambda: variable_length(document)
+            providers |= {VARLEN: lambda: variable_length(document)}
+            if device.type == "cuda":
+                providers |= {VARLEN_REPEATED: lambda: variable_length(document, repeat=True),
+                              FA3_VARLEN: lambda: flash_3(document, packed=True)}
         if rows * heads * length**2 * dtype.itemsize <= 2**31:  # else its scores alone do not fit
             fixed = mask()
             providers[REFERENCE] = lambda: lambda q, k, v: attention_reference(q, k, v, fixed)
@@ -246,7 +283,6 @@ PRESETS = {
         {"cpu": [Target("time", step, ANY_DENSE, at_least=2.0) for step in ("forward", "both", "fresh both")],
          "cuda": [Target("time", "fresh both", ANY_DENSE, at_least=3.0),
                   Target("time", "fresh both", (FLEX,), at_least=1.2)]},
-        turn=20, share=3,
     ),
     "causal": Preset(
         "plain causal rows", build("causal"),
@@ -254,7 +290,6 @@ PRESETS = {
         {"cuda": [Target("time", "forward", (FLASH,), at_least=1.3), Target("time", "forward", (CUDNN,), at_least=0.75),
                   Target("time", "forward", (FLEX,), at_least=1.0), Target("time", "backward", (FLASH,), at_least=0.9),
                   Target("time", "backward", (FLEX,), at_least=1.0)]},
-        turn=10, share=3,
     ),
     "shared-prefix": Preset(
         "one picture and independent questions about it in a row", build("shared"),
@@ -263,7 +298,6 @@ PRESETS = {
          "tiny": without_length(TINY) | {"prefix": 40, "questions": 3, "question": 9}},
         {"cuda": [Target("time", "fresh both", ANY_DENSE, at_least=3.0),
                   Target("time", "fresh both", (FLEX,), at_least=1.2)]},
-        turn=30, share=2,
     ),
     "window": Preset(
         "a window and sinks within documents", build("window"),
@@ -271,7 +305,6 @@ PRESETS = {
          "cuda": GPU | {"documents": 2, "window": 1024, "sinks": 4},
          "tiny": TINY | {"documents": 3, "window": 16, "sinks": 2}},
         {"cuda": [Target("time", "fresh both", (FLEX,), at_least=1.2)]},
-        turn=150,
     ),
 }
 

@@ -109,6 +109,7 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
                     results = as_tuple(work.compared(call(*inputs), inputs))
             except Exception:
                 report[name] = {"failed": note["forward only"]}
+                print(f"  {name}: failed", flush=True)
                 continue
         # one that is forward only has fewer values: the gradients, which come last, are missing
         expected = exact[: len(results)] if note else exact
@@ -120,6 +121,8 @@ def check(work: Work, calls: dict[str, Callable], inputs: tuple[Tensor, ...]) ->
         if name == OURS:
             report[name]["backend"] = backend_note(work.operations)
         del results
+        print(f"  {name}: error {worst:.2f} of the bound" + (f"; forward only: {note['forward only']}" if note else ""),
+              flush=True)
         if worst > 1:
             if name == OURS:
                 raise UserError(f"ours is wrong: {label} is off by {worst:.2f} times the bound; nothing was timed")

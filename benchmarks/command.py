@@ -34,6 +34,7 @@ def main(name: str, doc: str, presets: dict[str, Preset]) -> Callable[[list[str]
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.split("\n\n")[0])
         parser.add_argument("--preset", action="append", metavar="NAME", help="may be repeated; all unless given")
         parser.add_argument("--out", type=Path, help="JSON; a table (.md) and a plot (.png) are written beside it")
+        parser.add_argument("--json-only", action="store_true", help="no table and no plot beside --out")
         parser.add_argument("--check", action="store_true", help="correctness only, nothing is timed")
         parser.add_argument("--list", action="store_true", help="presets, their shapes and providers")
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -61,14 +62,19 @@ def main(name: str, doc: str, presets: dict[str, Preset]) -> Callable[[list[str]
         shape = shape_of(args.shape, presets, chosen)
         if args.device == "cpu":
             print("no GPU: these are the CPU's paths, not the Triton kernels")
-        result = run(name, presets, chosen, torch.device(args.device), dtype=args.dtype, shape=shape, tiny=args.tiny,
-                     seconds=args.seconds, repetitions=args.repetitions, just_check=args.check,
-                     only=tuple(args.providers) if args.providers else None)
+        words = [*measure.allocator(), f"python -m benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)]
+
+        def save(result: dict) -> None:  # after every preset: what was measured stays, whatever comes next
+            if args.out and not args.check:
+                write_json(args.out, {**result, "command": " ".join(words)})
+
+        run(name, presets, chosen, torch.device(args.device), dtype=args.dtype, shape=shape, tiny=args.tiny,
+            seconds=args.seconds, repetitions=args.repetitions, just_check=args.check,
+            only=tuple(args.providers) if args.providers else None, save=save)
         if args.check:
             print("all outputs and gradients of ours are within the bound")
         elif args.out:
-            words = [*measure.allocator(), f"python -m benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)]
-            write_json(args.out, {**result, "command": " ".join(words)})
-            print("written: " + ", ".join(str(path) for path in [args.out, *publish(args.out)]))
+            written = [args.out, *([] if args.json_only else publish(args.out))]
+            print("written: " + ", ".join(str(path) for path in written))
 
     return command

@@ -107,17 +107,15 @@ SMALL = Target("memory", "both", (LOGITS,), at_least=4.0)
 PRESETS = {
     "plain": Preset(
         "every token counts alike", build(False), {"cpu": CPU, "cuda": GPU, "tiny": TINY},
-        {"cpu": [SMALL, Target("time", "both", (LOGITS,), at_most=1.1), 
+        {"cpu": [SMALL, Target("time", "both", (LOGITS,), at_most=1.1),
                  Target("time", "both", (TORCH, TORCH_PLAIN), at_most=1.1),
                  Target("memory", "both", (TORCH,), at_most=1.1)],
          "cuda": [SMALL, Target("time", "both", (COMPILED,), at_most=1.1)]},
-        turn=70, share=2,
     ),
     "weighted": Preset(
         "weights per token, a quarter of them zero, and z-loss", build(True), {"cpu": CPU, "cuda": GPU, "tiny": TINY},
         {"cpu": [SMALL, Target("time", "both", (LOGITS,), at_most=1.1)],
          "cuda": [SMALL, Target("time", "both", (COMPILED,), at_most=1.1)]},
-        turn=140,
     ),
 }
 

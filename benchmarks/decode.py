@@ -109,19 +109,16 @@ PRESETS = {
     "long": Preset(
         "one row with a long context", build(None), {"cpu": CPU, "cuda": GPU, "tiny": TINY | {"rows": 1}},
         {"cuda": [Target("time", "forward", (SDPA, SDPA_GROUPED, SDPA_PLAIN), at_least=2.0)]},
-        turn=50,
     ),
     "batch": Preset(
         "many rows of different lengths", build(None),
         {"cpu": CPU | {"rows": 16, "context": 1024}, "cuda": GPU | FULL, "tiny": TINY},
         {"cuda": [Target("copy", "forward", at_least=0.8)]},
-        turn=60,
     ),
     "paged": Preset(
         "the same with a cache in pages of 16 keys", build(16),
         {"cpu": CPU | {"rows": 16, "context": 1024}, "cuda": GPU | FULL, "tiny": TINY},
         {"cuda": [Target("copy", "forward", at_least=0.8)]},
-        turn=130,
     ),
 }
 

@@ -150,8 +150,9 @@ def judge(targets: list[Target], rows: list[dict], ceilings: dict[str, float]) -
 
 def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.device, *, dtype: str | None = None,
         shape: dict | None = None, tiny: bool = False, seconds: float = 10, repetitions: int = 50,
-        only: tuple[str, ...] | None = None, just_check: bool = False) -> dict:
-    """Runs presets and returns what is written to the JSON file."""
+        only: tuple[str, ...] | None = None, just_check: bool = False,
+        save: Callable[[dict], None] = lambda result: None) -> dict:
+    """Runs presets and returns what is written to the JSON file. save: is given that after every preset."""
     result = {"benchmark": name, **provenance(), "cuda": torch.version.cuda, "device_type": device.type,
               "threads": torch.get_num_threads(), "presets": {}}
     limits: dict[str, dict] = {}
@@ -169,10 +170,6 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
         alone = work.whole and device.type == "cpu" and not tiny
         process = partial(memory.of_step, name, title, kind, size) if alone else None
         measured = measure_preset(work, device, seconds, repetitions, only, just_check, tiny, process)
-        for peer, each in measured["checked"].items():
-            error = each.get("worst_error_over_bound")
-            note = f"; forward only: {each['forward only']}" if "forward only" in each else ""
-            print(f"  {peer}: " + (f"error {error:.2f} of the bound{note}" if error is not None else "failed"))
         for peer, reason in measured["not_run"].items():
             print(f"  not run: {peer}: {reason}")
         for row in measured["rows"]:
@@ -188,6 +185,7 @@ def run(name: str, presets: dict[str, Preset], titles: list[str], device: torch.
             "backend": measured["checked"][OURS]["backend"], "ceilings": limits.get(kind), **measured,
             "targets": targets,
         }
+        save(result)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return result

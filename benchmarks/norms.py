@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks import command
 from benchmarks.attention import REFERENCE
-from benchmarks.work import OURS, Cost, Preset, Target, Work, roundings_of_sum
+from benchmarks.work import OURS, Cost, Preset, Target, Unavailable, Work, roundings_of_sum
 from onevocab.kernels.elementwise import (
     qk_norm_rope,
     qk_norm_rope_reference,
@@ -25,7 +25,7 @@ from onevocab.kernels.elementwise import (
 )
 
 EPS = 1e-6
-TORCH, COMPILED = "torch", "torch.compile of the reference"
+TORCH, COMPILED, LIGER = "torch", "torch.compile of the reference", "Liger Kernel"
 
 
 @functools.cache
@@ -48,6 +48,19 @@ def rope_reference(x, weight, cos, sin):
 def torch_residual(x, residual, weight):
     total = x + residual
     return F.rms_norm(total, weight.shape, weight, EPS), total
+
+
+def liger(operation: str) -> Callable:
+    """Liger's kernel for it, not in place: gradients from above are used again."""
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    except ImportError:
+        raise Unavailable("liger-kernel is not installed") from None
+    # weight, epsilon, what is added to the weight, which parts are float32, in place
+    if operation == "add_rms_norm":
+        return lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)
+    return lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
 
 
 # ours, torch's operators, the definition, tensors of (tokens, dim) that forward and both move at least, gradients
@@ -84,6 +97,8 @@ def build(operation: str):
 
         providers = {OURS: lambda: ours, TORCH: lambda: plain, COMPILED: lambda: compiled(definition),
                      REFERENCE: lambda: definition}
+        if operation in ("rms_norm", "add_rms_norm"):  # its SwiGLU writes gradients over its inputs
+            providers[LIGER] = lambda: liger(operation)
         one = tokens * dim * dtype.itemsize
         costs = {"forward": Cost(tokens * dim * 5, forward * one), "both": Cost(tokens * dim * 15, both * one)}
         # The weight's gradient, the last value, is a sum over all tokens (and their heads).
@@ -100,7 +115,6 @@ CPU, GPU, TINY = {"tokens": 4096, "dim": 1024}, {"tokens": 32768, "dim": 4096}, 
 HEADS = {"cpu": {"head_dim": 64}, "cuda": {"head_dim": 128}, "tiny": {"head_dim": 16}}
 DESCRIPTIONS = {"rms_norm": "RMSNorm", "add_rms_norm": "a residual added, then RMSNorm; both results",
                 "qk_norm_rope": "RMSNorm of each head, then rotary positions", "swiglu": "silu(gate) * up"}
-TURNS = {"rms_norm": 80, "swiglu": 90, "qk_norm_rope": 100, "add_rms_norm": 110}
 
 PRESETS = {
     name: Preset(
@@ -108,7 +122,6 @@ PRESETS = {
         {kind: size | (HEADS[kind] if name == "qk_norm_rope" else {})
          for kind, size in (("cpu", CPU), ("cuda", GPU), ("tiny", TINY))},
         {"cuda": [Target("copy", "forward", at_least=0.85), Target("copy", "both", at_least=0.85)]},
-        turn=TURNS[name],
     )
     for name in OPERATIONS
 }

@@ -89,7 +89,7 @@ PRESETS = {
         {"cpu": SHAPE, "cuda": SHAPE | {"prefix": 1024, "question": 64, "dim": 1024, "layers": 8, "vocabulary": 32768},
          "tiny": {"prefix": 20, "questions": 3, "question": 5, "dim": 64, "layers": 2, "vocabulary": 50}},
         {kind: [Target("time", "both", (ROWS,), at_most=0.4)] for kind in ("cpu", "cuda")},
-        turn=170, kernel=False,
+        kernel=False,
     ),
 }
 

@@ -8,11 +8,12 @@
 2. One process times what was right on the large shapes, the median of several calls. What there is no time for is left
    out. The fastest belong into kernels/attention/configs.py.
 
-Runs from a plain checkout. On a CPU (`--device cpu --tiny`, under Triton's interpreter) it can only be tried out.
+Runs from a plain checkout. On a CPU (`--device cpu --tiny`) it can only be tried out, in Triton's interpreter.
 """
 
 import argparse
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -270,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch sees no GPU here; --dry compiles for one that is not there")
+    if args.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported, here and in the pool
     deadline = time.monotonic() + args.seconds
     jobs = [Job(kernel, dim, config, TINY if args.tiny else SMALL, args.device)
             for (kernel, dim), configs in chosen.items() for config in configs]

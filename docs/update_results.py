@@ -155,7 +155,8 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 def pages() -> dict[Path, dict[str, str]]:
     """What the committed files say: page -> the name of its place there -> text."""
-    times = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json")) if path.stem != "data-cpu"}
+    found = {path.stem: files.read_json(path) for path in sorted(TIMES.glob("*.json"))}
+    times = {name: result for name, result in found.items() if "presets" in result}  # not the data's, nor a sweep's
     return {README: {"results": table(committed()), "kernels": speeds(times, "benchmarks/results/", aims=True)},
             KERNELS: {"kernels": speeds(times, "../benchmarks/results/")},
             DATA: {"data": readers(files.read_json(TIMES / "data-cpu.json"))}}

@@ -18,6 +18,7 @@ from onevocab.data.shards.index import ARRAYS, READ, Index, build_index
 from onevocab.data.shards.remote import ShardCache, is_remote
 
 FILES = "files.json"
+AWAY = "away.json"  # in `shards/` too, where the raw shards stayed on the machine that made the codes of this run
 
 
 def inspect_shards(shards: list[str], folder: Path) -> dict[str, dict]:

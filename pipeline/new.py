@@ -32,8 +32,9 @@ from onevocab.pipeline.config import RunConfig, read_config
 from onevocab.tokenizers.bundle import Tokenizers
 from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.tokenizers.text import TextConfig, TextTokenizer
+from onevocab.training.config import OptimizerConfig
 from onevocab.training.loop import NextTokenLoss, backward
-from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.muon import build_optimizers
 from onevocab.training.plan import clock, si
 from onevocab.training.precision import autocast, select_precision
 

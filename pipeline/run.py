@@ -30,7 +30,7 @@ from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
 from onevocab.pipeline.checks import check_folder, check_settings, check_sources, language_stages
 from onevocab.pipeline.config import LanguageStage, RunConfig
-from onevocab.pipeline.inputs import FILES, changes, inspect_shards, known_files, media_of
+from onevocab.pipeline.inputs import AWAY, FILES, changes, inspect_shards, known_files, media_of
 from onevocab.pipeline.size import check_disk
 from onevocab.pipeline.sources import open_source
 from onevocab.pipeline.tokenizer_samples import media_files, texts
@@ -70,6 +70,8 @@ class Run:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.main = distributed.is_main()
+        # Whether the raw shards are on another machine (pipeline/packed.py).
+        self.away = distributed.broadcast((self.folder / "shards" / AWAY).exists())
         shared = {"seed": config.seed, "samples": config.data.tokenizer_samples}
         self.source, self._begun = open_source(config.model.init, config.init_from), {}
         distributed.all_or_raise(lambda: check_settings(config, distributed.world(), self.source is None))
@@ -105,11 +107,13 @@ class Run:
         ]
 
     def _take_in(self) -> None:
-        """What the raw shards are, once they are there. A modality of which they hold nothing is left out of the run.
+        """What the raw shards are, once they are there, or were where they have stayed. A modality of which they hold
+        nothing is left out of the run.
 
         Raises UserError when there are none, when they hold media of another modality, or when a source of a language
         stage matches the codes of none."""
-        files = self.on_main(lambda: inspect_shards(self.raw_shards, self.folder / "shards"))
+        shards = self.folder / "shards"
+        files = self.on_main(lambda: known_files(shards) if self.away else inspect_shards(self.raw_shards, shards))
         self.files = distributed.broadcast(files)
         self.changed = changes(known_files(self.folder / "shards"), self.files)
         there, known = media_of(self.files), {*self.kept, *self.config.modalities}
@@ -127,8 +131,8 @@ class Run:
                       f"{MODALITIES[name].plural}", file=sys.stderr)
         self.stages = self._plan_stages()
 
-    def train(self) -> None:
-        """Every stage in order; finished ones are skipped, an interrupted one continues.
+    def train(self, until: str = "instruct") -> None:
+        """Every stage in order, up to this one; finished ones are skipped, an interrupted one continues.
 
         Raises UserError, before anything is written, when a stage was made with other settings: going on would mix
         two models in one folder.
@@ -152,7 +156,8 @@ class Run:
                 self._take_in()
                 records = distributed.all_or_raise(self._check)
             self.on_main(lambda: write_json(self.folder / "shards" / FILES, self.files))
-            for stage in self.stages[1:]:
+            names = [stage.name for stage in self.stages]
+            for stage in self.stages[1 : names.index(until) + 1]:
                 self._run(stage, records)
 
     def _check_room(self) -> None:
@@ -191,6 +196,9 @@ class Run:
         folder, record = self.folder / stage.name, records[stage.name]
         if distributed.broadcast((folder / "done.json").exists()):
             return
+        if self.away and stage.name not in language_stages(self.config):
+            raise UserError(f"stage {stage.name} of {self.folder} is not done, and its raw shards are on the machine "
+                            "where the run was packed: make its codes there, and pack it again")
         started = folder / "started.json"
 
         def start() -> float:

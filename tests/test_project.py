@@ -333,7 +333,8 @@ def test_few_places_name_a_modality():
 def test_make_plans_every_target():
     if not shutil.which("make"):
         pytest.skip("no make")
-    for target in ("demo", "test", "smoke", "bench", "bench-gpu", "lint"):
+    for target in ("demo", "test", "smoke", "bench", "bench-gpu", "demo-gpu-prepare", "demo-gpu", "demo-gpu-evaluate",
+                   "lint"):
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout, f"make {target}: {done.stderr}"
     for config in re.findall(r"configs/[\w-]+\.toml", (ROOT / "Makefile").read_text()):

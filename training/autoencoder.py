@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from onevocab.common.errors import UserError
 from onevocab.training import checkpoint, distributed
+from onevocab.training.config import OptimizerConfig
 from onevocab.training.faults import Stopped, StopSignal
 from onevocab.training.metrics import MetricsLog, progress
-from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.muon import build_optimizers
 from onevocab.training.parallel import replicate
 from onevocab.training.precision import autocast, select_precision
 from onevocab.training.schedule import ScheduleConfig, multiplier

@@ -239,6 +239,8 @@ def find(folder) -> Checkpoint | None:
             if strange:  # DCP would read them too
                 raise UserError(f"{step_folder / min(strange)} is not in {MANIFEST}")
             saved = read_json(step_folder / STATE)
+            if isinstance(saved, dict) and saved.get("weights_only"):
+                raise UserError(f"{step_folder} holds weights only, from another machine: it cannot be trained on")
             if not isinstance(saved, dict) or not {"step", "state", "rng"} <= saved.keys():
                 raise UserError(f"{step_folder / STATE} is damaged")
             return saved

@@ -4,8 +4,25 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from onevocab.training.muon import OptimizerConfig
 from onevocab.training.schedule import ScheduleConfig
+
+
+class OptimizerConfig(BaseModel):
+    """Muon for hidden matrices, AdamW for the rest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate, for hidden matrices; the schedule "
+                             "multiplies it")
+    other_lr: float = Field(4e-3, gt=0, description="AdamW's peak learning rate, for embedding, head and norms; the "
+                            "schedule multiplies it")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
+                           "afterwards; 0: none is kept")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the mean of gradients, and of their "
+                                       "squares")
+    eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the squares")
 
 
 class TrainConfig(BaseModel):

@@ -5,10 +5,10 @@ semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1
 """
 
 from collections import defaultdict
+from typing import Protocol
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,22 +17,16 @@ from onevocab.training import distributed
 Named = list[tuple[str, nn.Parameter]]
 
 
-class OptimizerConfig(BaseModel):
-    """Muon for hidden matrices, AdamW for the rest."""
+class Settings(Protocol):
+    """training/config.py's OptimizerConfig, or anything with its values: this module does not need pydantic."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    matrix_lr: float = Field(0.02, gt=0, description="Muon's peak learning rate, for hidden matrices; the schedule "
-                             "multiplies it")
-    other_lr: float = Field(4e-3, gt=0, description="AdamW's peak learning rate, for embedding, head and norms; the "
-                            "schedule multiplies it")
-    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled, on hidden matrices; fades to zero over the stage")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the weights' moving average, which is what is used "
-                           "afterwards; 0: none is kept")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay of the mean of gradients, and of their "
-                                       "squares")
-    eps: float = Field(1e-8, gt=0, description="AdamW's, added to the root of the squares")
+    matrix_lr: float
+    other_lr: float
+    momentum: float
+    weight_decay: float
+    ema_decay: float
+    betas: tuple[float, float]
+    eps: float
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -215,7 +209,7 @@ def assign(model: nn.Module) -> tuple[Named, Named]:
     return matrices, rest
 
 
-def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
+def state_bytes(model: nn.Module, config: Settings) -> int:
     """Bytes of the optimisers' state: a momentum for each number of a matrix, two moments for the others (and a count
     of steps for each tensor), and the average. The model may be on `meta`."""
     matrices, rest = assign(model)
@@ -223,7 +217,7 @@ def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
+def build_optimizers(model: nn.Module, config: Settings) -> Optimizers:
     """Each parameter's optimiser as `assign` says. The model has been sharded before, if it is to be."""
     (matrices, rest), members = assign(model), {}
     if matrices:

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from onevocab.common.errors import UserError
-from onevocab.training.config import TrainConfig
-from onevocab.training.muon import OptimizerConfig, state_bytes
+from onevocab.training.config import OptimizerConfig, TrainConfig
+from onevocab.training.muon import state_bytes
 from onevocab.training.parallel import recompute_layers
 from onevocab.training.precision import autocast, device_flops, select_precision
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
-import textwrap
 from importlib import import_module
 
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import run_command
 
 from benchmarks import check, harness, measure, modules, plot
 from benchmarks.work import Cost, Preset, Target, Unavailable, Work
@@ -54,98 +52,6 @@ def test_runs_as_a_command_and_writes_table_and_picture(tmp_path):
     table = out.with_suffix(".md").read_text()
     assert "not the Triton kernels" in table and "| **ours** |" in table
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_everything_in_one_command_from_a_plain_checkout(tmp_path):
-    """With nothing of the project installed, and neither pydantic nor matplotlib."""
-    script = textwrap.dedent(f"""
-        import runpy, sys
-        sys.meta_path = [f for f in sys.meta_path if "editable" not in (getattr(f, "__module__", "") or "").lower()
-                         and "editable" not in repr(f).lower()]
-        sys.path = [entry for entry in sys.path if "__editable__" not in entry]
-        sys.path_importer_cache.clear()
-        for name in ("pydantic", "matplotlib", "transformers"):
-            sys.modules[name] = None
-        sys.argv = ["gpu", "--device", "cpu", "--tiny", "--out", {str(tmp_path)!r}]
-        runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
-        import onevocab
-        assert list(onevocab.__path__) == [{str(ROOT)!r}], onevocab.__path__
-    """)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr[-4000:]
-    written = {path.name for path in tmp_path.iterdir()}
-    kinds = ("json", "md")
-    assert {f"{name}-cpu-tiny.{kind}" for name in NAMES for kind in kinds} <= written
-
-
-class Replaced(Exception):
-    """Stands for the process that os.execv would have replaced."""
-
-
-def test_a_lost_gpu_goes_on_in_a_new_process(tmp_path, monkeypatch):
-    from benchmarks import gpu
-
-    commands = []
-
-    def execv(path, command):
-        commands.append(command)
-        raise Replaced
-
-    def run(*args, **kwargs):
-        raise RuntimeError("illegal address")
-
-    monkeypatch.setattr(gpu, "alive", lambda device: False)
-    monkeypatch.setattr(gpu.os, "execv", execv)
-    monkeypatch.setattr(gpu.harness, "run", run)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Replaced):
-        gpu.main(["--device", "cpu", "--tiny", "--json-only", "--start", "2", "--problem", "an older one", "--out",
-                  str(tmp_path)])
-    [command] = commands
-    assert command[1:3] == ["-m", "benchmarks.gpu"] and command[command.index("--start") + 1] == "3"
-    assert "--problem=an older one" in command and "--json-only" in command
-    assert "--problem=attention shared-prefix: RuntimeError: illegal address" in command
-    assert "illegal address" in (tmp_path / "targets-cpu-tiny.md").read_text()
-
-
-def test_the_gpu_plan_is_found_and_in_order_of_interest():
-    from benchmarks import gpu
-
-    benchmarks, problems = gpu.discover()
-    plan = gpu.plan(benchmarks)
-    assert not problems and list(benchmarks) == NAMES
-    assert plan[:4] == [("attention", "causal", 3), ("attention", "packed", 3), ("attention", "shared-prefix", 2),
-                        ("train_step", "packed", 2)]
-    every = {(name, title) for name, presets in benchmarks.items() for title in presets}
-    left_out = every - {each[:2] for each in plan}
-    assert left_out == {("train_step", "answers"), ("train_step", "mixed")}
-    kernels = {name for name, presets in benchmarks.items() if all(preset.kernel for preset in presets.values())}
-    assert {"attention", "cross_entropy", "decode", "norms", "vq"} <= kernels
-    assert not kernels & {"train_step", "shared_prefix"}
-
-
-def test_nothing_measured_is_a_problem(tmp_path, monkeypatch, capsys):
-    from benchmarks import gpu
-
-    monkeypatch.setattr(gpu, "small_checks", lambda *_: ([], []))
-    with pytest.raises(SystemExit) as stop:
-        start = str(len(gpu.plan(gpu.discover()[0])))
-        gpu.main(["--device", "cpu", "--tiny", "--start", start, "--out", str(tmp_path)])
-    assert stop.value.code == 1 and "nothing was measured" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("summary,code,wrong", [("0 errors", 0, False), ("3 errors", 9, True), ("0 errors", 2, True)])
-def test_what_the_memory_checker_says(summary, code, wrong, tmp_path, monkeypatch):
-    from benchmarks import gpu
-
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {summary}'\nexit {code}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    verdict, found = gpu.sanitize(["vq"], 30)
-    assert found == wrong and summary in verdict
 
 
 def test_a_nearly_as_near_code_passes_and_a_farther_one_does_not():

@@ -13,8 +13,9 @@ from onevocab.model.config import ModelConfig
 from onevocab.model.decoder import Decoder, qwen3_config
 from onevocab.pipeline.config import read_config
 from onevocab.pipeline.plan import plan_lines
+from onevocab.training.config import OptimizerConfig
 from onevocab.training.loop import NextTokenLoss, backward
-from onevocab.training.muon import OptimizerConfig, build_optimizers
+from onevocab.training.muon import build_optimizers
 from onevocab.training.parallel import recompute_layers
 from onevocab.training.plan import activations, plan
 
@@ -97,7 +98,7 @@ def test_a_plan_writes_nothing_and_makes_no_weights(tmp_path):
     assert "1.42 G parameters" in done.stdout and "kWh" in done.stdout and not (tmp_path / "run").exists()
 
 
-SIZES = {"demo": (1e6, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
+SIZES = {"demo": (1e6, 1), "hopper": (3e7, 1), "small": (2e7, 1), "base": (4e8, 8), "large": (2e9, 8), "7b": (7e9, 64)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in ("large", "7b") else ())

@@ -16,10 +16,10 @@ from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_tensors, load_weights
 from onevocab.training import distributed
 from onevocab.training.autoencoder import train_autoencoder
-from onevocab.training.config import TrainConfig
+from onevocab.training.config import OptimizerConfig, TrainConfig
 from onevocab.training.loop import NextTokenLoss, backward, keep_new_rows
 from onevocab.training.metrics import MetricsLog, read_metrics
-from onevocab.training.muon import Muon, OptimizerConfig, build_optimizers, orthogonalise, orthogonalise_shards
+from onevocab.training.muon import Muon, build_optimizers, orthogonalise, orthogonalise_shards
 from onevocab.training.parallel import replicate, shard
 from onevocab.training.plan import saved_bytes
 

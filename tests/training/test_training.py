@@ -13,7 +13,8 @@ from onevocab.common.checkpoint_files import list_steps
 from onevocab.common.errors import UserError
 from onevocab.model.weights import load_into, load_weights
 from onevocab.training import checkpoint, distributed
-from onevocab.training.muon import Muon, OptimizerConfig, build_optimizers, orthogonalise
+from onevocab.training.config import OptimizerConfig
+from onevocab.training.muon import Muon, build_optimizers, orthogonalise
 from onevocab.training.schedule import ScheduleConfig, multiplier
 
 
