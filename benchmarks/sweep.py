@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -35,39 +36,47 @@ from onevocab.kernels.attention import IntervalMask, attention_reference
 
 
 class Config(NamedTuple):
+    """A row of the tuning table, in its order."""
+
     block_q: int
     block_k: int
-    warps: int
-    stages: int
-    registers: int = 0  # at most so many a thread; 0: as many as the compiler likes
+    num_warps: int
+    num_stages: int
+    maxnreg: int = 0  # at most so many registers a thread; 0: as many as the compiler likes
+    descriptors: int = 1
+    ahead: int = 0  # scores a block ahead of the softmax
+    fused: int = 0  # dQ by atomics, not deterministic
 
 
-# (kernel, head dim) -> candidates; the first of each is the table's row. Compiled by Triton 3.6.0 for sm_90 with one
-# interval, all are without spills unless marked.
+# (kernel, head dim) -> candidates; the first of each is the table's row, then, where there is one, that for short
+# documents. Compiled for sm_90 with one interval by Triton 3.6.0, all are without spills and without products that wait
+# for themselves unless marked.
 CANDIDATES: dict[tuple[str, int], list[Config]] = {
     ("forward", 128): [
-        Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 3),
-        Config(128, 32, 8, 3, 128), Config(128, 32, 8, 4, 128), Config(128, 128, 8, 2),  # the last: 9 spilled loads
+        Config(128, 32, 8, 3, 128), Config(64, 64, 4, 2), Config(128, 64, 8, 3), Config(128, 128, 8, 2),
+        Config(64, 64, 4, 2, ahead=1), Config(128, 64, 8, 3, ahead=1), Config(64, 64, 4, 3), Config(64, 128, 4, 2),
+        Config(128, 128, 8, 2, ahead=1), Config(128, 64, 8, 3, descriptors=0),
     ],
     ("forward", 64): [
-        Config(128, 128, 8, 2), Config(128, 128, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 4),
-        Config(64, 64, 4, 3), Config(64, 128, 4, 3), Config(128, 32, 4, 4),
+        Config(128, 64, 8, 3, 128), Config(64, 64, 4, 3), Config(128, 128, 8, 2), Config(64, 128, 4, 2),
+        Config(64, 64, 4, 3, ahead=1), Config(128, 128, 8, 2, ahead=1), Config(128, 64, 4, 3),
+        Config(128, 128, 8, 2, descriptors=0),
     ],
     ("dq", 128): [
-        Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(128, 32, 8, 2, 128),
-        Config(64, 32, 4, 3),
+        Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 32, 8, 2, 128), Config(64, 32, 4, 3),
+        Config(128, 64, 8, 2, descriptors=0),
     ],
     ("dq", 64): [
-        Config(128, 64, 8, 2), Config(128, 64, 8, 2, 128), Config(128, 64, 8, 3, 128), Config(64, 64, 4, 3),
-        Config(128, 128, 8, 2), Config(64, 128, 4, 2),
+        Config(128, 64, 8, 2, 128), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(128, 128, 8, 2),
+        Config(128, 64, 8, 2, descriptors=0),
     ],
-    ("dkdv", 128): [  # 32 x 64, 64 x 64 and 64 x 128: 4, 3 and 70 spilled loads
-        Config(32, 128, 8, 3), Config(32, 128, 8, 2), Config(32, 64, 4, 3), Config(64, 64, 8, 2),
-        Config(64, 128, 8, 2), Config(16, 128, 8, 3),
+    ("dkdv", 128): [  # 64 x 64: 18 spilled loads
+        Config(32, 64, 4, 3), Config(32, 128, 8, 3), Config(32, 64, 4, 2), Config(64, 64, 4, 2),
+        Config(32, 128, 8, 3, descriptors=0),
     ],
     ("dkdv", 64): [
-        Config(64, 128, 8, 2), Config(64, 128, 8, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(32, 64, 4, 3),
-        Config(32, 128, 8, 3),
+        Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(64, 64, 4, 3), Config(64, 128, 8, 2, fused=1),
+        Config(64, 128, 8, 2, descriptors=0),
     ],
 }  # fmt: skip
 DIMS = (128, 64)
@@ -78,7 +87,6 @@ TINY = {"rows": 1, "length": 70, "documents": 2, "heads": 2, "kv_heads": 1}
 FLOPS = {"forward": 4, "dq": 6, "dkdv": 8}  # executed, per visible pair, head and dim; a fused backward pass has 10
 PEERS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION"}
 BOUND = 1e-2  # relative error, by norms, of a bfloat16 kernel that is right
-SHARED, REGISTERS = 232_448, 65_536  # bytes and 4-byte registers of a multiprocessor of sm_90
 
 
 class Problem(NamedTuple):
@@ -87,11 +95,6 @@ class Problem(NamedTuple):
     v: Tensor
     grad: Tensor  # the gradient from above, like q
     mask: IntervalMask
-
-
-class Launch(NamedTuple):
-    call: Callable[[], object]  # launches one kernel
-    filled: tuple[Tensor, ...]  # by each call
 
 
 class Job(NamedTuple):
@@ -110,47 +113,45 @@ def problem(dim: int, shape: dict[str, int], device: str) -> Problem:
     return Problem(*tensors, IntervalMask.causal(packed(rows, length, shape["documents"]).to(device)))
 
 
-def launch(kernel: str, config: Config, given: Problem, forward: dict[str, Tensor]) -> Launch:
-    """One kernel with this config, ready to launch. forward: lse and delta of the forward pass, for the backward."""
-    from onevocab.kernels.attention import kernels_triton as kernels
-    from onevocab.kernels.attention.ops_triton import like, sizes
+def launch(
+    kernel: str, config: Config, given: Problem, forward: dict[str, Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """One kernel with this config: each call returns what it filled. forward: lse and delta of the forward pass, for
+    the backward."""
+    from onevocab.kernels.attention import ops_triton as ops
 
     q, k, v, grad, mask = given
-    batch, heads, length = q.shape[:3]
-    keys, scale = k.shape[2], q.shape[-1] ** -0.5
-    spans, log2 = mask.intervals(keys), scale / math.log(2)
-    options = sizes(q, k, spans, list(config[:4])) | ({"maxnreg": config.registers} if config.registers else {})
-    strides = [step for x in (q, k, v, grad) for step in x.stride()[:3]]
+    keys, scale, settings = k.shape[2], q.shape[-1] ** -0.5, config._asdict()
+    make_plan = mask.transposed_plan if kernel == "dkdv" else mask.plan
+    plan, spans = make_plan(keys, config.block_q, config.block_k), mask.intervals(keys)
     if kernel == "forward":
-        out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        plan = mask.plan(keys, config.block_q, config.block_k)
-        return Launch(lambda: kernels.forward_kernel[(plan.shape[1], heads, batch)](
-            q, k, v, out, lse, spans, plan, log2, length, keys, *strides[:9], *out.stride()[:3], **options), (out, lse))
-    lse, delta = forward["lse"], forward["delta"]
+        return lambda: ops.launch_forward(q, k, v, spans, plan, scale, settings)
+    backward = q, k, v, grad, forward["lse"], forward["delta"], spans, plan, scale, settings
     if kernel == "dq":
-        dq, plan = like(q), mask.plan(keys, config.block_q, config.block_k)
-        return Launch(lambda: kernels.dq_kernel[(plan.shape[1], heads, batch)](
-            q, k, v, grad, lse, delta, dq, spans, plan, scale, log2, length, keys, *strides, *dq.stride()[:3],
-            **options), (dq,))
-    dk, dv, plan = like(k), like(v), mask.transposed_plan(keys, config.block_q, config.block_k)
-    return Launch(lambda: kernels.dkdv_kernel[(plan.shape[1], k.shape[1], batch)](
-        q, k, v, grad, lse, delta, dk, dv, spans, plan, scale, log2, length, keys, *strides, *dk.stride()[:3],
-        *dv.stride()[:3], **options), (dk, dv))
+        return lambda: (ops.launch_dq(*backward),)
+    return lambda: ops.launch_dkdv(*backward)
 
 
 def forward_results(given: Problem) -> dict[str, Tensor]:
     """lse and delta, by the table's own forward pass."""
-    from onevocab.kernels.attention import kernels_triton as kernels
+    from onevocab.kernels.attention.ops_triton import launch_delta
 
-    q, grad = given.q, given.grad
-    forward = launch("forward", CANDIDATES["forward", q.shape[-1]][0], given, {})
-    forward.call()
-    out, lse = forward.filled
-    delta = torch.empty_like(lse)
-    kernels.delta_kernel[(-(-q.shape[2] // 64), q.shape[1], q.shape[0])](
-        out, grad, delta, q.shape[2], *out.stride()[:3], *grad.stride()[:3], D=q.shape[-1], BLOCK_D=q.shape[-1],
-        BLOCK_Q=64)  # fmt: skip
-    return {"lse": lse, "delta": delta}
+    out, lse = launch("forward", CANDIDATES["forward", given.q.shape[-1]][0], given, {})()
+    return {"lse": lse, "delta": launch_delta(out, given.grad)}
+
+
+@contextmanager
+def memory_of_nan():
+    """New tensors hold NaN until they are written: what a kernel forgets is seen."""
+    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    before = fill.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        fill.fill_uninitialized_memory = before
 
 
 def error_of(job: Job) -> tuple[float, str | None]:
@@ -160,13 +161,11 @@ def error_of(job: Job) -> tuple[float, str | None]:
         leaves = [x.double().requires_grad_() for x in given[:3]]
         out = attention_reference(*leaves, given.mask)
         dq, dk, dv = torch.autograd.grad(out, leaves, given.grad.double())
-        exact = {"forward": (out.detach(),), "dq": (dq,), "dkdv": (dk, dv)}[job.kernel]
-        ready = launch(job.kernel, job.config, given, forward_results(given))
-        for x in ready.filled:
-            x.fill_(float("nan"))
-        ready.call()
+        exact = {"forward": (out.detach(),), "dq": (dq,), "dkdv": (dk, dv, dq)}[job.kernel]
+        with memory_of_nan():
+            filled = launch(job.kernel, job.config, given, forward_results(given))()
         measure.synchronize(given.q.device)
-        pairs = zip(ready.filled, exact, strict=False)  # lse is not compared
+        pairs = zip(filled, exact, strict=False)  # lse is not compared, and dQ is there where it is fused
         errors = [((result.double() - value).norm() / value.norm()).item() for result, value in pairs]
         return max(math.inf if math.isnan(error) else error for error in errors), None
     except Exception as error:
@@ -221,9 +220,10 @@ def time_shape(title: str, dim: int, given: Problem, right: dict, deadline: floa
     for (kernel, of, config), error in right.items():
         if of != dim or time.monotonic() > deadline:
             continue
-        ms = median(launch(kernel, config, given, forward).call, device, repetitions)
+        ms = median(launch(kernel, config, given, forward), device, repetitions)
+        flops = (FLOPS[kernel] + 2 * config.fused) * pairs * given.q.shape[1] * dim
         rows.append({"dim": dim, "mask": title, "kernel": kernel, "config": config._asdict(), "ms": ms,
-                     "tflops": FLOPS[kernel] * pairs * given.q.shape[1] * dim / ms / 1e9, "error": error})
+                     "tflops": flops / ms / 1e9, "error": error})
     for row in rows:
         print("  " + " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()),
               flush=True)
@@ -242,13 +242,12 @@ def dry(chosen: dict[tuple[str, int], list[Config]]) -> None:
             with aot.recording(90) as launched:
                 forward = forward_results(given)
                 launched.clear()
-                launch(kernel, config, given, forward).call()
+                launch(kernel, config, given, forward)()
             compiled, _ = aot.compile_launch(*launched[0], GPUTarget("cuda", 90, 32))
             use = aot.usage(compiled.asm["cubin"])
-            a_program = -(-use["reg"] // 8) * 8 * 32 * config.warps  # registers are handed out to a warp by 256
-            fit = min(REGISTERS // a_program, SHARED // (compiled.metadata.shared + 1024))
+            fit = aot.programs(use["reg"], compiled.metadata.shared, config.num_warps, 90)
             print(f"{kernel} {dim} {tuple(config)}: {use['reg']} registers, {use['LDL']} spilled loads, "
-                  f"{fit} programs a multiprocessor", flush=True)
+                  f"{use['waits']} waits, {fit} programs a multiprocessor", flush=True)
 
 
 @cli

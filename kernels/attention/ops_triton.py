@@ -18,7 +18,7 @@ from onevocab.kernels.attention.forward_triton import forward_kernel
 from onevocab.kernels.attention.mask import IntervalMask, visible_pairs
 from onevocab.kernels.backend import note, on_device
 
-# The order in which a config travels through the ops; what a table's row does not name is 0.
+# The order in which a config travels through the ops.
 CONFIG = ("block_q", "block_k", "num_warps", "num_stages", "maxnreg", "descriptors", "ahead", "fused")
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
 
@@ -39,6 +39,11 @@ def config_for(kernel: str, q: Tensor, mask: IntervalMask) -> tuning.Config:
         with contextlib.suppress(ValueError):
             return tuning.config(TABLE, f"{kernel}_short", q.shape[-1], q.dtype, q.device)
     return tuning.config(TABLE, kernel, q.shape[-1], q.dtype, q.device)
+
+
+def complete(config: tuning.Config) -> dict[str, int]:
+    """All of CONFIG; what a table's row does not name is 0."""
+    return {name: config.get(name, 0) for name in CONFIG}
 
 
 def settings(configs: list[int], kernel: str) -> dict[str, int]:
@@ -70,6 +75,64 @@ def launch_options(q: Tensor, k: Tensor, intervals: Tensor, config: dict[str, in
     }  # fmt: skip
 
 
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, plan: Tensor, scale: float, config: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """-> out, lse. Here and below: rows of q, k, v and grad lie side by side; config has all of CONFIG."""
+    out, lse = like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tiles, descriptors = operands(config, {"q": q}, {"k": k, "v": v})
+    forward_kernel[(plan.shape[1], q.shape[1], len(q))](
+        *tiles, out, lse, intervals, plan, scale / math.log(2), q.shape[2], k.shape[2], *_steps(q, k, v, out),
+        AHEAD=bool(config["ahead"] and descriptors), **launch_options(q, k, intervals, config, descriptors),
+    )  # fmt: skip
+    return out, lse
+
+
+def launch_delta(out: Tensor, grad: Tensor) -> Tensor:
+    """-> delta (B, H, S)."""
+    batch, heads, length, dim = out.shape
+    delta = torch.empty(out.shape[:3], dtype=torch.float32, device=out.device)
+    delta_kernel[(triton.cdiv(length, 64), heads, batch)](
+        out, grad, delta, length, *_steps(out, grad), D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_Q=64,
+    )  # fmt: skip
+    return delta
+
+
+def launch_dq(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, intervals: Tensor, plan: Tensor,
+    scale: float, config: dict[str, int],
+) -> Tensor:  # fmt: skip
+    dq = like(q)
+    (q_tile, grad_tile, k_tile, v_tile), descriptors = operands(config, {"q": q, "grad": grad}, {"k": k, "v": v})
+    dq_kernel[(plan.shape[1], q.shape[1], len(q))](
+        q_tile, k_tile, v_tile, grad_tile, lse, delta, dq, intervals, plan, scale, scale / math.log(2), q.shape[2],
+        k.shape[2], *_steps(q, k, v, grad, dq), **launch_options(q, k, intervals, config, descriptors),
+    )  # fmt: skip
+    return dq
+
+
+def launch_dkdv(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, intervals: Tensor, plan: Tensor,
+    scale: float, config: dict[str, int],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> dk, dv; where the config is fused also dq."""
+    dk, dv = like(k), like(v)
+    sums = {"sums": q.new_zeros(q.shape, dtype=torch.float32)} if config["fused"] else {}
+    tiles, descriptors = operands(config, {"q": q, "grad": grad, **sums}, {"k": k, "v": v})
+    q_tile, grad_tile, *sums_tile, k_tile, v_tile = tiles
+    dkdv_kernel[(plan.shape[1], k.shape[1], len(q))](
+        q_tile, k_tile, v_tile, grad_tile, lse, delta, dk, dv, *(sums_tile or [None]), intervals, plan, scale,
+        scale / math.log(2), q.shape[2], k.shape[2], *_steps(q, k, v, grad, dk, dv), FUSED=bool(sums),
+        **launch_options(q, k, intervals, config, descriptors),
+    )  # fmt: skip
+    return dk, dv, *(like(q).copy_(each.mul_(scale)) for each in sums.values())
+
+
+def _steps(*tensors: Tensor) -> list[int]:
+    """The first three strides of each."""
+    return [step for x in tensors for step in x.stride()[:3]]
+
+
 @torch.library.custom_op("onevocab::attention", mutates_args=())
 @on_device
 def attention_op(
@@ -78,16 +141,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> out (B, H, S, D), lse (B, H, S). configs: CONFIG of each of KERNELS, in one list."""
     q, k, v = (_rows_of(x) for x in (q, k, v))
-    (batch, heads, length, _), out = q.shape, like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    config = settings(configs, "attention_forward")
-    tiles, descriptors = operands(config, {"q": q}, {"k": k, "v": v})
-    forward_kernel[(plan.shape[1], heads, batch)](
-        *tiles, out, lse, intervals, plan, scale / math.log(2), length, k.shape[2],
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        AHEAD=bool(config["ahead"] and descriptors), **launch_options(q, k, intervals, config, descriptors),
-    )  # fmt: skip
-    return out, lse
+    return launch_forward(q, k, v, intervals, plan, scale, settings(configs, "attention_forward"))
 
 
 @attention_op.register_fake
@@ -103,37 +157,11 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dq, dk, dv in the shapes of q, k, v."""
     grad, q, k, v, out = (_rows_of(x) for x in (grad, q, k, v, out))
-    batch, heads, length, dim = q.shape
-    dq, dk, dv, delta = like(q), like(k), like(v), torch.empty_like(lse)
-    strides = [step for x in (q, k, v, grad) for step in x.stride()[:3]]
-    delta_kernel[(triton.cdiv(length, 64), heads, batch)](
-        out, grad, delta, length, *out.stride()[:3], *grad.stride()[:3],
-        D=dim, BLOCK_D=max(triton.next_power_of_2(dim), 16), BLOCK_Q=64,
-    )  # fmt: skip
-    numbers = scale, scale / math.log(2), length, k.shape[2]
-
-    config = settings(configs, "attention_dkdv")
-    fused = bool(config["fused"])
-    sums = q.new_zeros(q.shape, dtype=torch.float32) if fused else None
-    extra = {"sums": sums} if fused else {}
-    tiles, descriptors = operands(config, {"q": q, "grad": grad, **extra}, {"k": k, "v": v})
-    q_tile, grad_tile, *sums_tile, k_tile, v_tile = tiles
-    dkdv_kernel[(plan_dkdv.shape[1], k.shape[1], batch)](
-        q_tile, k_tile, v_tile, grad_tile, lse, delta, dk, dv, *(sums_tile or [None]), intervals, plan_dkdv, *numbers,
-        *strides, *dk.stride()[:3], *dv.stride()[:3], FUSED=fused,
-        **launch_options(q, k, intervals, config, descriptors),
-    )  # fmt: skip
-    if fused:
-        dq.copy_(sums.mul_(scale))
-        return dq, dk, dv
-
-    config = settings(configs, "attention_dq")
-    (q_tile, grad_tile, k_tile, v_tile), descriptors = operands(config, {"q": q, "grad": grad}, {"k": k, "v": v})
-    dq_kernel[(plan_dq.shape[1], heads, batch)](
-        q_tile, k_tile, v_tile, grad_tile, lse, delta, dq, intervals, plan_dq, *numbers, *strides, *dq.stride()[:3],
-        **launch_options(q, k, intervals, config, descriptors),
-    )  # fmt: skip
-    return dq, dk, dv
+    given = q, k, v, grad, lse, launch_delta(out, grad), intervals
+    dk, dv, *dq = launch_dkdv(*given, plan_dkdv, scale, settings(configs, "attention_dkdv"))
+    if not dq:
+        dq = [launch_dq(*given, plan_dq, scale, settings(configs, "attention_dq"))]
+    return *dq, dk, dv
 
 
 @attention_backward_op.register_fake
@@ -183,6 +211,6 @@ def attention(
     out, _ = attention_op(
         q, k, v, mask.intervals(keys), mask.plan(keys, *forward), mask.plan(keys, *dq),
         mask.transposed_plan(keys, *dkdv), q.shape[-1] ** -0.5 if scale is None else float(scale),
-        [config.get(name, 0) for config in configs.values() for name in CONFIG],
+        [value for config in configs.values() for value in complete(config).values()],
     )  # fmt: skip
     return out

@@ -24,18 +24,22 @@ def run_sweep(*words, **environment) -> str:
     return run_command(command, env=inherited | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def test_the_first_candidate_is_the_table_s_row():
+def test_the_first_candidates_are_the_table_s_rows():
+    """That for long documents, then that for short ones where there is one."""
     for (kernel, dim), candidates in sweep.CANDIDATES.items():
-        row, first = TABLE[f"attention_{kernel}", dim, 2, 9], candidates[0]
-        assert [row[name] for name in ("block_q", "block_k", "num_warps", "num_stages")] == list(first[:4])
-        assert first.registers == 0 and len(set(candidates)) == len(candidates)
+        rows = [TABLE[name, dim, 2, 9] for name in (f"attention_{kernel}", f"attention_{kernel}_short")
+                if (name, dim, 2, 9) in TABLE]
+        assert [sweep.Config(**row) for row in rows] == [
+            each._replace(descriptors=row["descriptors"]) for each, row in zip(candidates, rows, strict=False)]
+        assert len(set(candidates)) == len(candidates)
+    assert sweep.Config(**TABLE["attention_fused", 64, 2, 9]) in sweep.CANDIDATES["dkdv", 64]
 
 
 @needs_triton
 def test_sweep_compiles_for_a_gpu_that_is_not_there():
     words = ("--candidates", "1", "--dims", "64", "--kernels", "forward")
     [line] = [line for line in run_sweep("--dry", *words).splitlines() if line.startswith("forward 64")]
-    assert "(128, 128, 8, 2, 0): " in line and ", 0 spilled loads, 1 programs" in line
+    assert "(128, 64, 8, 3, 128, 1, 0, 0): " in line and ", 0 spilled loads, 4 waits, 2 programs" in line
 
 
 @needs_triton
