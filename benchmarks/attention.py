@@ -207,6 +207,8 @@ def build(kind: str):
         else:
             document = packed(rows, length, shape.get("documents", 1)).to(device)
 
+        mean_keys = length / shape.get("documents", 1) / 2
+
         def mask() -> IntervalMask | None:
             if kind == "causal":
                 return None
@@ -214,12 +216,12 @@ def build(kind: str):
                 return IntervalMask.shared_prefix(document, prefix)
             if kind == "window":
                 return IntervalMask.windowed(document, shape["window"], shape["sinks"])
-            return IntervalMask.causal(document)
+            return IntervalMask.causal(document, mean_keys)
 
         def ours():
             fresh = mask()
             if fresh is None and device.type == "cuda":  # else each call makes its own
-                fresh = IntervalMask.causal(document)
+                fresh = IntervalMask.causal(document, mean_keys)
             return lambda q, k, v: attention(q, k, v, fresh)
 
         def flexible():

@@ -76,7 +76,7 @@ PRESETS = {
         {"cpu": SHAPE, "cuda": SHAPE | {"dim": 1024, "layers": 8, "vocabulary": 32768},
          "tiny": {"document": 4, "dim": 64, "layers": 2, "vocabulary": 50}},
         {kind: [Target("time", "both", (name,), at_most=1.1) for name in SHORTER] for kind in ("cpu", "cuda")},
-        turn=180, kernel=False,
+        kernel=False,
     ),
 }
 

@@ -41,9 +41,9 @@ OPTIMIZER = SimpleNamespace(matrix_lr=0.02, other_lr=4e-3, momentum=0.95, weight
                             betas=(0.9, 0.95), eps=1e-8)
 
 
-def our_loss(run: Callable, batch: Batch, head: Tensor) -> Tensor:
-    """run(ids, positions, mask) -> hidden. The sum over what counts."""
-    hidden = run(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"]))
+def our_loss(run: Callable, batch: Batch, head: Tensor, mean_keys: float) -> Tensor:
+    """run(ids, positions, mask) -> hidden. The sum over what counts. mean_keys: as the loader tells the mask."""
+    hidden = run(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"], mean_keys))
     weights = batch["weights"].flatten()
     return linear_cross_entropy(hidden.flatten(0, 1), head, batch["targets"].flatten(), weights).loss
 
@@ -132,6 +132,8 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
         return {name: x.to(device) for name, x in batch.items()}
 
     batches = [moved(batch) for batch in make(BATCHES, shape, generator)]
+    tokens = sum(int((batch["document"] >= 0).sum()) for batch in batches) // BATCHES
+    pairs = sum(int((batch["positions"] + 1)[batch["document"] >= 0].sum()) for batch in batches) // BATCHES
     names = [name for name, _ in start.named_parameters()]
     working = str(dtype).removeprefix("torch.")
 
@@ -142,7 +144,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
             for layer in model.layers:
                 layer.compile()
         return Trainable(model.to(device), lambda run, batch, weights: our_loss(run, batch,
-                         weights["embed_tokens.weight"]), names, batches, working, optimizers, backend)
+                         weights["embed_tokens.weight"], pairs / tokens), names, batches, working, optimizers, backend)
 
     def theirs(peer: peers.Peer, precision: str = working, batches: list[Batch] = batches) -> Trainable:
         own = dict(peer.model.named_parameters())
@@ -179,9 +181,7 @@ def build(shape: dict, device: torch.device, dtype: torch.dtype, make: Callable 
     def definition(*parameters: Tensor) -> Tensor:
         return InRows.apply(oracle.of_batch, batches[0], *parameters)
 
-    tokens = sum(int((batch["document"] >= 0).sum()) for batch in batches) // BATCHES
     matrices = sum(p.numel() for p in start.parameters() if p.dim() > 1)  # the embedding counts as the head
-    pairs = sum(int((batch["positions"] + 1)[batch["document"] >= 0].sum()) for batch in batches) // BATCHES
     flops = 6 * matrices * tokens + 12 * pairs * config.layers * config.heads * config.head_dim
     # Weights are read twice, gradients written and read, both moments read and written, weights written.
     cost = Cost(flops, 4 * 9 * sum(p.numel() for p in start.parameters()))
