@@ -55,9 +55,10 @@ class _Batch:
         times = 1 + self.guided
         prompts = [np.concatenate(pair) for pair in zip(starts, prefixes * times, strict=True)]
         self.taken += torch.tensor([len(prefix) for prefix in prefixes], device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self.filled = [len(prompt) for prompt in prompts]
+        lengths = torch.tensor(self.filled, device=self.device)
         room = max(len(p) + r.grammar.left for p, r in zip(prompts, self.requests * times, strict=True))
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        ids = torch.zeros(len(prompts), max(self.filled), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.from_numpy(prompt.astype(np.int64))
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
@@ -65,7 +66,8 @@ class _Batch:
         positions = torch.where(positions < lengths[:, None], positions, -1)
         weight = self.model.head_weight
         self.cache = KVCache(self.model.config, len(prompts), room, weight.dtype, self.device)
-        hidden = self.model(ids.to(self.device), positions, IntervalMask.up_to(positions), self.cache)
+        mask = IntervalMask.up_to(positions)
+        hidden = self.model(ids.to(self.device), positions, mask, self.cache, max(self.filled))
         self.positions = lengths
         return hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
 
@@ -75,7 +77,8 @@ class _Batch:
         if self.guided:
             ids = torch.cat([ids, ids])
         positions = self.positions[:, None]
-        hidden = self.model(ids[:, None], positions, IntervalMask.up_to(positions), self.cache)
+        self.filled = [filled + 1 for filled in self.filled]
+        hidden = self.model(ids[:, None], positions, IntervalMask.up_to(positions), self.cache, max(self.filled))
         self.positions = self.positions + 1
         return hidden[:, 0]
 
@@ -118,10 +121,11 @@ class _Batch:
 
     def keep(self, rows: list[int]) -> None:
         """Drops all other rows."""
-        index = torch.tensor(rows, device=self.device)
-        both = torch.cat([index, index + len(self.requests)]) if self.guided else index
+        kept = rows + [row + len(self.requests) for row in rows] if self.guided else rows
+        index, both = (torch.tensor(each, device=self.device) for each in (rows, kept))
         self.cache = self.cache.select(both)
         self.positions = self.positions[both]
+        self.filled = [self.filled[row] for row in kept]
         self.noise, self.taken = self.noise[index], self.taken[index]
         self.requests = [self.requests[row] for row in rows]
         self.names = [self.names[row] for row in rows]

@@ -68,6 +68,13 @@ def unsupported_type(*tensors: Tensor) -> str | None:
     return f"the kernel has no {' or '.join(kinds)}" if kinds else None
 
 
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """The type that autocast multiplies matrices in, None where it is off or unknown (the device "meta")."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def select_backend(operation: str, *tensors: Tensor, backend: str | None = None, unsupported: str | None = None) -> str:
     """The backend for `operation` on these tensors: "triton", "torch" or "reference".
 

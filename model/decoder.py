@@ -158,18 +158,24 @@ class Decoder(nn.Module):
         return angle.cos().to(self.norm.weight.dtype), angle.sin().to(self.norm.weight.dtype)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, mask: IntervalMask | None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: IntervalMask | None,
+        cache: KVCache | None = None,
+        filled: int | None = None,
     ) -> Tensor:
         """ids and positions (B, S) integers -> hidden (B, S, dim) after the last norm. mask=None is plain causal.
 
         With a cache the new keys go to the slots `positions` of their rows (negative: padding, not stored), and
-        the mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself.
+        the mask speaks of slots: `IntervalMask.up_to(positions)` sees everything up to oneself. filled: how many slots
+        its longest row then has, where the caller knows it; then a step on a GPU never waits (`KVCache.advance`).
         """
         x = F.embedding(ids, self._table("embed_tokens"))
         cos, sin = self.rotary(positions)
         store = None
         if cache is not None:
-            where, n_keys = cache.advance(positions)
+            where, n_keys = cache.advance(positions, filled)
 
             def store(layer, keys, values):
                 return cache.write(layer, where, keys, values, n_keys)

@@ -7,7 +7,7 @@ from onevocab.kernels import tuning
 from onevocab.kernels.backend import on_device
 from onevocab.kernels.cross_entropy.configs import TABLE
 from onevocab.kernels.cross_entropy.kernels_triton import cross_entropy_rows
-from onevocab.kernels.cross_entropy.rows import rows_that_count, scale_
+from onevocab.kernels.cross_entropy.rows import add_product_, rows_that_count, scale_
 from onevocab.kernels.rounding_triton import INTERPRET
 
 
@@ -44,10 +44,8 @@ def linear_cross_entropy(
         loss += each.sum()
         if need_hidden:
             d_hidden.index_copy_(0, rows[part], torch.mm(logits, head))
-        if need_weight and x.dtype == torch.float32:
-            d_weight.addmm_(logits.t(), x[part])
-        elif need_weight:
-            d_weight += logits.t() @ x[part]
+        if need_weight:
+            add_product_(d_weight, logits.t(), x[part])
     nll = kept_nll.new_zeros(len(hidden)).index_copy_(0, rows, kept_nll)
     return loss, nll, d_hidden, d_weight.to(weight.dtype)
 

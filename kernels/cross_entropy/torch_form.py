@@ -2,7 +2,7 @@
 
 import torch
 
-from onevocab.kernels.cross_entropy.rows import rows_that_count, scale_
+from onevocab.kernels.cross_entropy.rows import add_product_, rows_that_count, scale_
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -37,10 +37,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d_logits = logits.copy_(d_logits)
                 if need_x:
                     torch.mm(d_logits, head, out=d_x[part])
-                if need_weight and x.dtype == weight.dtype:
-                    d_weight.addmm_(d_logits.t(), x[part])
-                elif need_weight:
-                    d_weight += d_logits.t() @ x[part]
+                if need_weight:
+                    add_product_(d_weight, d_logits.t(), x[part])
         nll = kept_nll.new_zeros(len(hidden)).index_copy_(0, rows, kept_nll)
         ctx.save_for_backward(rows, d_x, d_weight)
         ctx.n_rows = len(hidden)

@@ -13,15 +13,16 @@ from onevocab.kernels.rounding_triton import rounded
 NOTHING = tl.constexpr(-1.0e30)  # a finite log-sum-exp of no keys at all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def partial_attention(
     q_ptr, k_ptr, v_ptr, length_ptr, table_ptr, out_ptr, lse_ptr, scale,
-    k_row, k_head, k_key, v_row, v_head, v_key, table_row, page,
-    KV_HEADS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PAGED: tl.constexpr,
+    k_row, k_head, k_key, v_row, v_head, v_key, table_row,
+    KV_HEADS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program (b * Hkv + head, part). q (B, Hkv, ROWS, D), ROWS = heads per key head * QUERIES, the latter inner;
-    out (B * Hkv, parts, ROWS, D) and lse (B * Hkv, parts, ROWS) in base 2. Strides in elements."""
+    out (B * Hkv, parts, ROWS, D) and lse (B * Hkv, parts, ROWS) in base 2. Strides in elements. PAGE: slots of a page,
+    0 for a dense cache. No argument changes its kind while a row grows: what is compiled serves all lengths."""
     program, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, head = (program // KV_HEADS).to(tl.int64), (program % KV_HEADS).to(tl.int64)
     length = tl.load(length_ptr + batch).to(tl.int32)
@@ -42,11 +43,19 @@ def partial_attention(
     for first in range(start, stop, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         known = keys < stop
-        if PAGED:
-            row = tl.load(table_ptr + batch * table_row + keys // page, mask=known, other=0).to(tl.int64)
-            slot = (keys % page).to(tl.int64)
-        else:
+        if PAGE == 0:
             row, slot = batch, keys.to(tl.int64)
+        elif PAGE % BLOCK_N == 0:  # the tile lies within a page: one entry of the table
+            row = tl.load(table_ptr + batch * table_row + first // PAGE).to(tl.int64)
+            slot = (first % PAGE + tl.arange(0, BLOCK_N)).to(tl.int64)
+        elif BLOCK_N % PAGE == 0:  # the tile is a few whole pages: an entry for each
+            pages = first // PAGE + tl.arange(0, BLOCK_N // PAGE)
+            row = tl.load(table_ptr + batch * table_row + pages, mask=pages * PAGE < stop, other=0).to(tl.int64)
+            row = tl.reshape(tl.broadcast_to(row[:, None], (BLOCK_N // PAGE, PAGE)), (BLOCK_N,))
+            slot = (keys % PAGE).to(tl.int64)
+        else:  # pages that begin and end within tiles: an entry for each key
+            row = tl.load(table_ptr + batch * table_row + keys // PAGE, mask=known, other=0).to(tl.int64)
+            slot = (keys % PAGE).to(tl.int64)
         k_at = (row * k_row + head * k_head + slot * k_key)[None, :] + columns[:, None]
         k = tl.load(k_ptr + k_at, mask=known[None, :] & (columns < DIM)[:, None], other=0.0)
         v_at = (row * v_row + head * v_head + slot * v_key)[:, None] + columns[None, :]
@@ -73,7 +82,7 @@ def partial_attention(
     tl.store(out_ptr + at[:, None] * DIM + columns[None, :], out, mask=q_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine(
     part_ptr, lse_ptr, out_ptr, parts,
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, INTERPRET: tl.constexpr,

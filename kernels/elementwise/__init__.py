@@ -3,9 +3,12 @@
 Each takes `backend`: "triton", "torch" (the fastest correct torch operators), "reference", or None to choose.
 """
 
+import functools
+
+import torch
 from torch import Tensor
 
-from onevocab.kernels.backend import select_backend, unsupported_type
+from onevocab.kernels.backend import autocast_type, select_backend, unsupported_type
 from onevocab.kernels.elementwise.reference import (
     qk_norm_rope_reference,
     rms_norm_reference,
@@ -25,7 +28,9 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x (..., d), weight (d,) -> (..., d); with a residual (..., d): (normed, x + residual), both (..., d).
 
-    Raises ValueError when shapes, dtypes or devices do not belong together.
+    Under autocast a norm that would be float32 comes out in autocast's type, rounded once for all the matrices that
+    read it; arithmetic and the sum stay float32. Raises ValueError when shapes, dtypes or devices do not belong
+    together.
     """
     given = (x, weight) if residual is None else (x, weight, residual)
     _check("rms_norm", *given)
@@ -33,18 +38,21 @@ def rms_norm(
         raise ValueError(f"rms_norm: {_shapes(*given)} do not fit x (..., d), weight (d,), residual (..., d)")
     odd = f"a row holds at most 32768, not {len(weight)}" if len(weight) > 32768 else unsupported_type(*given)
     chosen = select_backend("rms_norm", *given, backend=backend, unsupported=odd)
-    if chosen == "reference":
-        return rms_norm_reference(x, weight, eps, residual)
+    kind = functools.reduce(torch.promote_types, (each.dtype for each in given))
+    if kind == torch.float32:
+        kind = autocast_type(x.device) or kind
     if chosen == "triton":
         from onevocab.kernels.elementwise import ops_triton
 
         if residual is None:
-            return ops_triton.rms_norm(x, weight, eps)
-        return ops_triton.add_rms_norm(x, residual, weight, eps)
-    if residual is not None:
-        total = x + residual
-        return rms_norm_torch(total, weight, eps), total
-    return rms_norm_torch(x, weight, eps)
+            return ops_triton.rms_norm(x, weight, eps, kind)
+        return ops_triton.add_rms_norm(x, residual, weight, eps, kind)
+    total = x if residual is None else x + residual
+    if chosen == "reference":
+        normed = rms_norm_reference(total, weight, eps).to(kind)
+    else:
+        normed = rms_norm_torch(total, weight, eps, kind)
+    return normed if residual is None else (normed, total)
 
 
 def qk_norm_rope(

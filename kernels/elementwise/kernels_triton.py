@@ -35,7 +35,7 @@ def rms_forward(
 @triton.jit
 def rms_backward(
     grad_ptr, grad_total_ptr, x_ptr, weight_ptr, d_x_ptr, partial_ptr, n_rows, width, eps, slab,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, INTERPRET: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, RESIDUAL: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """d x of a slab of rows (+ the gradient that reached the sum itself), and the slab's part of d weight (P, d)."""
     program = tl.program_id(0)
@@ -43,7 +43,7 @@ def rms_backward(
     weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     d_weight = tl.zeros((BLOCK,), tl.float32)
     first = program.to(tl.int64) * slab
-    for start in range(0, slab, ROWS):
+    for start in tl.range(0, slab, ROWS, num_stages=STAGES):
         rows = first + start + tl.arange(0, ROWS)
         at = rows[:, None] * width + columns[None, :]
         inside = (rows < n_rows)[:, None] & (columns < width)[None, :]
@@ -85,7 +85,7 @@ def rope_forward(
 @triton.jit
 def rope_backward(
     grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, d_x_ptr, partial_ptr, n_rows, heads, eps, slab,
-    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The gradient turned back by the same angles, then RMSNorm's backward; partial (P, D) as in `rms_backward`."""
     program = tl.program_id(0)
@@ -95,7 +95,7 @@ def rope_backward(
     d_weight_a = tl.zeros((BLOCK,), tl.float32)
     d_weight_b = tl.zeros((BLOCK,), tl.float32)
     first = program.to(tl.int64) * slab
-    for start in range(0, slab, ROWS):
+    for start in tl.range(0, slab, ROWS, num_stages=STAGES):
         rows = first + start + tl.arange(0, ROWS)
         inside = (rows < n_rows)[:, None] & (columns < HALF)[None, :]
         at = rows[:, None] * (2 * HALF) + columns[None, :]

@@ -30,11 +30,10 @@ def slabs(n_rows: int, rows: int, device: torch.device) -> tuple[int, int]:
     return triton.cdiv(n_rows, slab), slab
 
 
-def _launch_rms(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_rms(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, kind: torch.dtype):
     x, weight = x.contiguous(), weight.contiguous()
-    kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = torch.empty_like(x, dtype=torch.promote_types(kind, weight.dtype))
-    total = x if residual is None else torch.empty_like(x, dtype=kind)
+    out = torch.empty_like(x, dtype=kind)
+    total = x if residual is None else torch.empty_like(out, dtype=torch.promote_types(x.dtype, residual.dtype))
     n, config = x.numel() // x.shape[-1], tile("rms_norm", x, x.shape[-1])
     rms_forward[(triton.cdiv(n, config["ROWS"]),)](
         x, x if residual is None else residual.contiguous(), weight, total, out, n, x.shape[-1], eps,
@@ -45,15 +44,18 @@ def _launch_rms(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) 
 
 @torch.library.custom_op("onevocab::rms_norm", mutates_args=())
 @on_device
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _launch_rms(x, weight, eps, None)[0]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
+    """kind: the type of the result"""
+    return _launch_rms(x, weight, eps, None, kind)[0]
 
 
 @torch.library.custom_op("onevocab::add_rms_norm", mutates_args=())
 @on_device
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """-> (normed, x + residual)"""
-    return _launch_rms(x, weight, eps, residual)
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, kind: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """-> (normed in `kind`, x + residual)"""
+    return _launch_rms(x, weight, eps, residual, kind)
 
 
 @torch.library.custom_op("onevocab::rms_norm_backward", mutates_args=())
@@ -75,14 +77,13 @@ def rms_norm_backward(
 
 
 @rms_norm.register_fake
-def _(x, weight, eps):
-    return torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype), memory_format=torch.contiguous_format)
+def _(x, weight, eps, kind):
+    return x.new_empty(x.shape, dtype=kind)
 
 
 @add_rms_norm.register_fake
-def _(x, residual, weight, eps):
-    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return x.new_empty(x.shape, dtype=torch.promote_types(total.dtype, weight.dtype)), total
+def _(x, residual, weight, eps, kind):
+    return x.new_empty(x.shape, dtype=kind), x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
 
 
 @rms_norm_backward.register_fake
@@ -91,19 +92,19 @@ def _(grad, grad_total, x, weight, eps):
 
 
 def _keep_rms(ctx, inputs, output):
-    x, weight, ctx.eps = inputs
+    x, weight, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _keep_add_rms(ctx, inputs, output):
-    _, residual, weight, ctx.eps = inputs
+    _, residual, weight, ctx.eps, _ = inputs
     ctx.kinds = inputs[0].dtype, residual.dtype
     ctx.save_for_backward(output[1], weight)
     ctx.set_materialize_grads(False)
 
 
 def _rms_norm_grad(ctx, grad):
-    return *rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps), None
+    return *rms_norm_backward(grad, None, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def _add_rms_norm_grad(ctx, grad, grad_total):
@@ -112,7 +113,7 @@ def _add_rms_norm_grad(ctx, grad, grad_total):
         d_x, d_weight = grad_total, None
     else:
         d_x, d_weight = rms_norm_backward(grad, grad_total, total, weight, ctx.eps)
-    return *(None if d_x is None else d_x.to(kind) for kind in ctx.kinds), d_weight, None
+    return *(None if d_x is None else d_x.to(kind) for kind in ctx.kinds), d_weight, None, None
 
 
 rms_norm.register_autograd(_rms_norm_grad, setup_context=_keep_rms)

@@ -10,10 +10,11 @@ from torch import Tensor
 from onevocab.kernels.elementwise.reference import rotary_reference
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, kind: torch.dtype) -> Tensor:
+    """kind: the type of the result"""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+        return F.rms_norm(x, weight.shape, weight, eps).to(kind)
+    return _RMSNorm.apply(x, weight, eps, kind)
 
 
 def qk_norm_rope_torch(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -30,7 +31,7 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
 def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """LayerNorm's fused backward with a mean of zero is RMSNorm's but for rstd * mean(grad * weight)."""
     d = x.shape[-1]
-    grad = grad.contiguous()
+    grad = grad.to(x.dtype).contiguous()
     rstd = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(d)).add_(eps).rsqrt_()
     d_x, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, [d], torch.zeros_like(rstd), rstd, weight, None, [True, True, False]
@@ -40,14 +41,14 @@ def _rms_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, kind):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape, weight, eps).to(kind)
 
     @staticmethod
     def backward(ctx, grad):
-        return *_rms_backward(grad, *ctx.saved_tensors, ctx.eps), None
+        return *_rms_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -13,14 +13,14 @@ from onevocab.kernels.vq.kernels_triton import nearest
 @torch.library.custom_op("onevocab::vq_assign", mutates_args=())
 @on_device
 def vq_assign(latents: Tensor, codebook: Tensor) -> Tensor:
-    latents, codebook = latents.contiguous(), codebook.contiguous()
+    latents, codebook = (x.float().contiguous() for x in (latents, codebook))
     (n, dim), n_codes = latents.shape, len(codebook)
     out = latents.new_empty(n, dtype=torch.int64)
-    half_square = codebook.float().square().sum(-1).mul_(0.5)
+    half_square = codebook.square().sum(-1).mul_(0.5)
     config = tuning.config(TABLE, "vq_assign", dim, latents.dtype, latents.device)
     nearest[(triton.cdiv(n, config["BLOCK_N"]),)](
         latents, codebook, half_square, out, n, n_codes,
-        DIM=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), **config,
+        DIM=dim, **config,
     )  # fmt: skip
     return out
 

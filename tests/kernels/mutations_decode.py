@@ -1,6 +1,7 @@
 """Deliberate faults in attention over a cache, as in `mutations_attention.py`."""
 
 KERNELS = "kernels/decode/kernels_triton.py"
+OPS = "kernels/decode/ops_triton.py"
 CACHE = "kernels/decode/cache.py"
 CPU = "kernels/decode/torch_form.py"
 INTERPRETER, FAST = "tests/kernels/interpreter/test_decode_triton.py", "tests/kernels/test_decode.py"
@@ -42,13 +43,49 @@ MUTATIONS = {
         KERNELS, "tl.where(lse > NOTHING, tl.exp2(lse - tl.max(lse, 0)), 0.0)", "tl.where(lse > NOTHING, 1.0, 0.0)",
         INTERPRETER, "",
     ),
-    "slots of a page": (
-        KERNELS, "slot = (keys % page).to(tl.int64)", "slot = ((keys + 1) % page).to(tl.int64)",
-        INTERPRETER, "",
+    "slots of a page that holds a tile": (
+        KERNELS, "slot = (first % PAGE + tl.arange(0, BLOCK_N))", "slot = tl.arange(0, BLOCK_N)",
+        INTERPRETER, "page32",
+    ),
+    "a tile's pages interleaved": (
+        KERNELS, "tl.broadcast_to(row[:, None], (BLOCK_N // PAGE, PAGE))",
+        "tl.broadcast_to(row[None, :], (PAGE, BLOCK_N // PAGE))",
+        INTERPRETER, "page4",
+    ),
+    "a tile of pages begins at the row's first": (
+        KERNELS, "pages = first // PAGE + tl.arange", "pages = first % PAGE + tl.arange",
+        INTERPRETER, "page4",
+    ),
+    "slots of pages that tiles cross": (
+        KERNELS,
+        "+ keys // PAGE, mask=known, other=0).to(tl.int64)\n            slot = (keys % PAGE).to(tl.int64)",
+        "+ keys // PAGE, mask=known, other=0).to(tl.int64)\n            slot = ((keys + 1) % PAGE).to(tl.int64)",
+        INTERPRETER, "page5",
     ),
     "the block table of another row": (
-        KERNELS, "batch * table_row + keys // page", "keys // page",
-        INTERPRETER, "",
+        KERNELS, "batch * table_row + keys // PAGE", "keys // PAGE",
+        INTERPRETER, "page5",
+    ),
+    "tiles smaller than a page that they do not divide": (
+        OPS, "return block if divides in (page, block) or divides < 16 else divides", "return block",
+        INTERPRETER, "pages_and_tiles",
+    ),
+    "parts that are never combined": (
+        OPS, "parts, most = forced, triton.next_power_of_2(forced)", "parts, most = forced, 1",
+        INTERPRETER, "parts",
+    ),
+    "a kernel for every number of parts": (
+        KERNELS, 'do_not_specialize=["parts"]', "do_not_specialize=[]",
+        FAST, "anew",
+    ),
+    "a kernel for every width of a block table": (
+        KERNELS, 'do_not_specialize=["table_row"]', "do_not_specialize=[]",
+        FAST, "anew",
+    ),
+    "a kernel for every length of a cache": (
+        OPS, "return min(most, triton.cdiv(n_keys, 4 * block)), triton.next_power_of_2(most)",
+        "return min(most, triton.cdiv(n_keys, 4 * block)), triton.next_power_of_2(triton.cdiv(n_keys, 4 * block))",
+        FAST, "anew",
     ),
     "rows behind a length are read": (
         KERNELS, "known = keys < stop", "known = keys < stop + 1",

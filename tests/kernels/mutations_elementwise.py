@@ -56,7 +56,21 @@ MUTATIONS = {
         FAST, "",
     ),
     "CPU: the sum given out is without the residual": (
-        PUBLIC, "return rms_norm_torch(total, weight, eps), total", "return rms_norm_torch(total, weight, eps), x",
+        PUBLIC, "return normed if residual is None else (normed, total)",
+        "return normed if residual is None else (normed, x)",
         FAST, "",
+    ),
+    "under autocast the norm stays float32": (
+        PUBLIC, "kind = autocast_type(x.device) or kind", "pass",
+        FAST, "autocast",
+    ),
+    "under autocast the norm is of rounded numbers": (
+        CPU, "return F.rms_norm(x, weight.shape, weight, eps).to(kind)\n\n    @staticmethod",
+        "return F.rms_norm(x.to(kind).float(), weight.shape, weight, eps).to(kind)\n\n    @staticmethod",
+        FAST, "autocast",
+    ),
+    "under autocast the gradient of the sum is rounded": (
+        OPS, "rms_norm_backward(grad, grad_total, total,", "rms_norm_backward(grad, grad_total.bfloat16(), total,",
+        INTERPRETER, "autocast",
     ),
 }  # fmt: skip

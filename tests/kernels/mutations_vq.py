@@ -6,8 +6,25 @@ CPU = "kernels/vq/torch_form.py"
 INTERPRETER, FAST = "tests/kernels/interpreter/test_vq_triton.py", "tests/kernels/test_vq.py"
 
 MUTATIONS = {
-    "equal codes go to the highest (within a block the interpreter cannot show it)": (
-        KERNELS, "better = value > best  #", "better = value >= best  #",
+    "equal codes go to the highest": (
+        KERNELS, "better = score > best  #", "better = score >= best  #",
+        INTERPRETER, "",
+    ),
+    "equal codes of a block go to the highest": (
+        KERNELS, "tl.min(tl.where(best == top, best_start + each[None, :], 2147483647), 1)",
+        "tl.max(tl.where(best == top, best_start + each[None, :], -1), 1)",
+        INTERPRETER, "",
+    ),
+    "only the first numbers of a long vector": (
+        KERNELS, "for d in range(0, DIM, BLOCK_D):", "for d in range(0, BLOCK_D, BLOCK_D):",
+        INTERPRETER, "",
+    ),
+    "the last numbers of a vector are read past it": (
+        KERNELS, "inside = d + columns < DIM", "inside = d + columns >= 0",
+        INTERPRETER, "",
+    ),
+    "a column keeps the best of its last block": (
+        KERNELS, "best = tl.where(better, score, best)", "best = score",
         INTERPRETER, "",
     ),
     "inner product instead of distance": (
@@ -19,7 +36,7 @@ MUTATIONS = {
         INTERPRETER, "",
     ),
     "the code's index within its block": (
-        KERNELS, "start + index, best_code", "index, best_code",
+        KERNELS, "best_start + each[None, :], 21", "0 * best_start + each[None, :], 21",
         INTERPRETER, "",
     ),
     "CPU: norms of codes count twice": (

@@ -1,12 +1,15 @@
 """The loss on the CPU, against float64 and against torch's own."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from rounding import no_worse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onevocab.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from onevocab.kernels import aot
+from onevocab.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, rows
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
@@ -114,3 +117,38 @@ def test_linear_cross_entropy_reference_is_what_gradcheck_says():
     assert torch.autograd.gradcheck(loss, (hidden, head))
     ours = torch.autograd.grad(linear_cross_entropy(hidden, head, targets, weights, 0.1, chunk=3).loss, [hidden, head])
     torch.testing.assert_close(ours, torch.autograd.grad(loss(hidden, head), [hidden, head]))
+
+
+def test_on_a_gpu_the_sum_of_products_is_never_rounded(monkeypatch):
+    """16-bit factors go to the one operator that adds up in float32, in place; CPUs have none."""
+
+    class OnAGPU(torch.Tensor):
+        is_cuda = True
+
+    a, b = (torch.randn(shape).bfloat16().as_subclass(OnAGPU) for shape in ((5, 300), (300, 4)))
+    total, asked = torch.randn(5, 4), []
+    expected = total.double() + a.double() @ b.double()
+
+    def addmm(bias, *factors, out_dtype, out):
+        asked.append((bias is total, out is total, out_dtype, *(x.dtype for x in factors)))
+        return out.copy_(bias.double() + factors[0].double() @ factors[1].double())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    rows.add_product_(total, a, b)
+    torch.testing.assert_close(total.double(), expected.as_subclass(torch.Tensor), rtol=1e-6, atol=1e-6)
+    assert asked == [(True, True, torch.float32, torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.skipif(not aot.backend._HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton")
+def test_a_gpu_is_waited_for_once(monkeypatch):
+    """The launcher on tensors without values: `tolist` once, and nothing else that would need one."""
+    from onevocab.kernels.cross_entropy import ops_triton
+
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(self.shape) or [6000, 0, 99])
+    hidden, head = (torch.empty(n, 32, dtype=torch.bfloat16, device="meta") for n in (10_000, 100))
+    targets, weights = torch.empty(10_000, dtype=torch.long, device="meta"), torch.empty(10_000, device="meta")
+    with aot.recording(90) as launched:
+        out = ops_triton.linear_cross_entropy._init_fn(hidden, head, targets, weights, 1e-4, 4096, True, True)
+    assert asked == [(3,)] and [x.shape for x in out] == [(), (10_000,), (10_000, 32), (100, 32)]
+    assert [args[0].shape for _, args, _ in launched] == [(4096, 100), (1904, 100)]

@@ -1,10 +1,13 @@
 """decode_attention on the CPU, against float64 and against attention."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from onevocab.kernels import aot
 from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.backend import chosen
 from onevocab.kernels.decode import decode_attention, decode_attention_reference
@@ -77,3 +80,36 @@ def test_decode_attention_names_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=match):
             decode_attention(*bad)
+
+
+def compiled(launched) -> set:
+    """What Triton keeps apart by: kernel, constants, and the kinds of its arguments."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend, found = make_backend(GPUTarget("cuda", 90, 32)), set()
+    for function, args, options in launched:
+        bind = create_function_from_signature(function.signature, function.params, backend)
+        _, kinds, rest = bind(*args, **options)
+        found.add((function.__name__, str(kinds), str(rest)))
+    return found
+
+
+@pytest.mark.skipif(not aot.backend._HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton")
+@pytest.mark.parametrize("kind", ["room", "grown", "pages", "few pages"])
+def test_nothing_is_compiled_anew_while_a_row_grows(kind):
+    """A view that grows into a cache with room, a cache copied at each token, a table of pages that grows."""
+    q, *room = torch.zeros(1, 4, 1, 64), torch.zeros(1, 2, 800, 64), torch.zeros(1, 2, 800, 64)
+    pages, found = [x.view(50, 2, 16, 64) for x in room], []
+    for length in (*range(1, 36), 255, 256, 257, 511, 512, 513, 640, 799, 800):
+        k, v = pages if "pages" in kind else (x[:, :, :length] for x in room)
+        if kind == "grown":
+            k, v = k.clone(), v.clone()
+        table = torch.zeros(1, 50 if kind == "pages" else -(-length // 16), dtype=torch.int32)
+        with aot.recording(90) as launched:
+            decode_attention(q, k, v, torch.tensor([length]), table if "pages" in kind else None)
+        found.append(compiled(launched))
+    assert len(found[0]) == 2 and all(each == found[0] for each in found)
+    if "pages" not in kind:
+        assert len({options["BLOCK_P"] for _, _, options in launched if "BLOCK_P" in options}) == 1

@@ -59,3 +59,32 @@ def test_elementwise_kernels_name_what_does_not_fit():
         swiglu(x[:0], x[:0])
     with pytest.raises(ValueError, match="not empty"):
         rms_norm(x.long(), weight, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm_under_autocast_is_rounded_once(residual, backend):
+    """The norm comes out in bfloat16, the sum in float32; float64 and 16-bit inputs keep their type."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(4, 7, 32, requires_grad=True), torch.rand(32, requires_grad=True)]
+    more = (torch.randn(4, 7, 32, requires_grad=True),) if residual else ()
+    towards = torch.randn(4, 7, 32).bfloat16()
+
+    def gradients(function, kind, low):
+        x, weight, *r = (each.to(kind) for each in (*leaves, *more))
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            out = function(x, weight, 1e-6, *r)
+        normed, total = out if residual else (out, x * 0)
+        return normed, total, torch.autograd.grad((normed * towards).sum() + total.sum(), [*leaves, *more])
+
+    normed, total, grads = gradients(lambda *a: rms_norm(*a, backend=backend), torch.float32, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rms_norm(leaves[0].double(), leaves[1].double(), 1e-6, backend=backend).dtype == torch.float64
+        assert rms_norm(leaves[0].half(), leaves[1].half(), 1e-6, backend=backend).dtype == torch.float16
+    exact, exact_total, exact_grads = gradients(rms_norm_reference, torch.float64, False)
+    assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert ((normed - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
+    torch.testing.assert_close(total.double(), exact_total)
+    for a, b in zip(grads, exact_grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)

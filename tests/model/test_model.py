@@ -145,3 +145,21 @@ def test_the_attention_that_compilers_see():
     q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
     document = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [0, 1, 1, 1, 1, 1, 1]])
     torch.library.opcheck(_by_document, (q, k, v, document, None))
+
+
+def test_under_autocast_a_layer_rounds_its_norms_once():
+    """Matrices read the norms in bfloat16, as they come; what is handed from layer to layer stays float32."""
+    model = make()
+    ids, positions, document = packed()
+    read, handed = [], []
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj", "gate_proj", "up_proj")):
+            module.register_forward_pre_hook(lambda _, given: read.append(given[0].dtype))
+        if name.startswith("layers.") and name.count(".") == 1:
+            module.register_forward_hook(lambda _, given, out: handed.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, positions, IntervalMask.causal(document))
+    assert set(read) == {torch.bfloat16} and len(read) == 12 and set(handed) == {torch.float32}
+    assert rounded.dtype == torch.bfloat16 and model.logits(rounded.float()).dtype == torch.float32
+    plain = model(ids, positions, IntervalMask.causal(document))[document >= 0]
+    assert (rounded[document >= 0] - plain).norm() < 0.03 * plain.norm()

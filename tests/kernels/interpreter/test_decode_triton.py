@@ -52,7 +52,7 @@ def no_worse(q, k, v, lengths, scale=None, page=None):
     return out
 
 
-@pytest.mark.parametrize("page", [None, 1, 5, 16], ids=lambda page: f"page{page}")
+@pytest.mark.parametrize("page", [None, 4, 5, 32], ids=lambda page: f"page{page}")
 @pytest.mark.parametrize("heads,kv_heads,queries,dim", [(1, 1, 1, 16), (4, 2, 1, 64), (4, 1, 3, 40), (6, 2, 2, 32)])
 def test_decode(heads, kv_heads, queries, dim, page):
     lengths = torch.tensor([0, 1, queries, 37, 16])
@@ -66,6 +66,15 @@ def test_any_number_of_parts(parts):
     with tuning.forced(decode_attention={"PARTS": parts}):
         no_worse(*some(4, 4, 2, 3, 70, 16), torch.tensor([2, 17, 65, 70]))
         no_worse(*some(4, 4, 2, 3, 70, 16), torch.tensor([2, 17, 65, 70]), page=7)
+        no_worse(*some(4, 4, 2, 3, 70, 16), torch.tensor([2, 17, 65, 70]), page=8)
+
+
+@pytest.mark.parametrize("page,block,tile", [(1, 16, 16), (16, 16, 16), (48, 32, 16), (24, 16, 16), (20, 16, 16)])
+def test_pages_and_tiles_of_any_size(page, block, tile):
+    """A key a page; a page a tile; smaller tiles, so that none crosses a page's end; pages that divide nothing."""
+    assert ops_triton.keys_per_tile(page, block) == tile
+    with tuning.forced(decode_attention={"BLOCK_N": block, "PARTS": 2}):
+        no_worse(*some(3, 2, 1, 2, 100, 16), torch.tensor([100, 49, 3]), page=page)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)

@@ -40,6 +40,38 @@ def test_rms_norm_with_residual(kinds, used):
     assert (d_x.dtype, d_residual.dtype) == tuple(kinds[:2])
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm_under_autocast(residual):
+    """Rounded once, at the end; sum and gradients as precise as the definition's with its result rounded."""
+    kinds = [torch.bfloat16, torch.float32, torch.float32] if residual else [torch.float32] * 2
+    inputs = [torch.randn(5, 33), torch.rand(33) + 0.5]
+    inputs.insert(1, torch.randn(5, 33) * 3) if residual else None
+
+    def ours(*given):
+        x, *r, w = given
+        with torch.autocast("cpu", torch.bfloat16):
+            return rms_norm(x, w, EPS, *r, backend="triton")
+
+    def definition(*given):
+        x, *r, w = given
+        out = elementwise.rms_norm_reference(x, w, EPS, *r)
+        normed, *total = out if residual else (out,)
+        return normed if x.dtype == torch.float64 else normed.bfloat16(), *total
+
+    normed, *_ = no_worse(ours, definition, *inputs, kinds=kinds)
+    assert normed.dtype == torch.bfloat16
+
+
+def test_a_row_that_is_not_a_number_stays_alone():
+    """Padding may hold anything: only the weight's gradient, a sum over rows, sees it, and not where it gets none."""
+    x, weight = torch.randn(9, 20), torch.rand(20)
+    expected = rms_norm(x, weight, EPS, backend="triton")
+    x[4] = float("nan")
+    got = rms_norm(x, weight, EPS, backend="triton")
+    others = torch.arange(9) != 4
+    assert torch.equal(got[others], expected[others])
+
+
 def test_rms_norm_of_rows_that_are_zero_or_not_contiguous():
     x = torch.randn(6, 2, 20).transpose(0, 2)
     x[3] = 0
@@ -97,8 +129,8 @@ def test_swiglu_of_halves_of_one_projection():
 def operations():
     x, weight, cos, sin = rope_inputs(1, 5, 2, 8)
     flat, norm = x.flatten(1), torch.rand(80) + 0.5
-    yield ops_triton.rms_norm, (flat, norm, EPS)
-    yield ops_triton.add_rms_norm, (flat, flat * 2, norm, EPS)
+    yield ops_triton.rms_norm, (flat, norm, EPS, torch.bfloat16)
+    yield ops_triton.add_rms_norm, (flat, flat * 2, norm, EPS, torch.float32)
     yield ops_triton.qk_norm_rope, (x, weight, cos, sin, EPS)
     yield ops_triton.swiglu, (x, x * 2)
 

@@ -61,6 +61,15 @@ def test_equal_codes_give_the_lowest():
     assert (vq_assign(same, same, backend="triton") == 0).all()
 
 
+def test_latents_that_are_not_numbers():
+    """Any code will do, but it is one; the rows beside are what they were."""
+    latents, codebook = torch.randn(5, 8), torch.randn(20, 8)
+    expected = vq_assign(latents, codebook, backend="triton")
+    latents[1, 3], latents[4] = float("nan"), float("inf")
+    got = vq_assign(latents, codebook, backend="triton")
+    assert torch.equal(got[[0, 2, 3]], expected[[0, 2, 3]]) and ((got >= 0) & (got < 20)).all()
+
+
 def test_far_from_everything():
     """Scores below any padding's: what fills up the last block must not win."""
     codebook = torch.full((17, 3), 1e6)
