@@ -13,7 +13,8 @@ from onevocab.tasks import Card, Metric, Section, Wordings
 WORDINGS = {
     "caption_short": Wordings(("What is in the picture?", "Name what you see.", "List the objects in this picture.",
                                "What do you see?", "Give a short caption.", "Which things are in the picture?",
-                               "Can you say what you see?", "Tell me which things you see.", "What does the picture show?",
+                               "Can you say what you see?", "Tell me which things you see.",
+                               "What does the picture show?",
                                "Tell me what is in the picture.", "What can you see here?")),
     "caption_long": Wordings(("Describe the picture.", "Describe this picture in detail.", "Write a long caption.",
                               "What is where in this picture?", "Write in full what the picture shows.",
