@@ -41,7 +41,7 @@ OPTIMIZER = SimpleNamespace(matrix_lr=0.02, other_lr=4e-3, momentum=0.95, weight
                             betas=(0.9, 0.95), eps=1e-8)
 
 
-def our_loss(run: Callable, batch: Batch, head: Tensor, mean_keys: float) -> Tensor:
+def our_loss(run: Callable, batch: Batch, head: Tensor, mean_keys: float | None = None) -> Tensor:
     """run(ids, positions, mask) -> hidden. The sum over what counts. mean_keys: as the loader tells the mask."""
     hidden = run(batch["ids"], batch["positions"], IntervalMask.causal(batch["document"], mean_keys))
     weights = batch["weights"].flatten()

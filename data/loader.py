@@ -8,8 +8,9 @@ slices of a step, so every world size sees the same global sequence, and the loa
 import itertools
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class Batch:
     ids, targets, positions: int64 (B, S), positions restart at 0 in every document; loss_weights: float32 (B, S), 0
     where nothing is to be predicted (padding, a document's last token); modality: uint8 (B, S) of the target, an index
     into the vocabulary's modalities; document_ids: int32 (B, S), a document's number in its row, -1 for padding.
-    mean_keys: how many tokens one sees of its document, the mean; known once a batch was moved to a device.
+    mean_keys: how many tokens one sees of its document, the mean; known of a batch that was moved to a GPU.
     """
 
     ids: torch.Tensor
@@ -72,22 +73,25 @@ class Batch:
     modality: torch.Tensor
     positions: torch.Tensor
     document_ids: torch.Tensor
-    mean_keys: float | None = None
+    mean_keys: ClassVar[float | None] = None  # no column
 
     def to(self, device, non_blocking: bool = True) -> "Batch":
-        columns = {name: value.to(device, non_blocking=non_blocking) for name, value in self._columns().items()}
-        mean_keys = self.mean_keys
-        if mean_keys is None and self.ids.device.type == "cpu":  # elsewhere looking would wait for the device
-            mean_keys = float((self.positions + 1)[self.document_ids >= 0].float().mean())
-        return Batch(**columns, mean_keys=mean_keys)
+        moved = Batch(**{name: value.to(device, non_blocking=non_blocking) for name, value in self._columns().items()})
+        if self.mean_keys is not None:
+            moved.mean_keys = self.mean_keys
+        elif self.ids.device.type == "cpu" != moved.ids.device.type:  # on a GPU looking would wait for it
+            moved.mean_keys = float((self.positions + 1)[self.document_ids >= 0].float().mean())
+        return moved
 
     def part(self, start: int, stop: int) -> "Batch":
         """Its rows start .. stop - 1."""
-        columns = {name: value[start:stop] for name, value in self._columns().items()}
-        return Batch(**columns, mean_keys=self.mean_keys)
+        rows = Batch(**{name: value[start:stop] for name, value in self._columns().items()})
+        if self.mean_keys is not None:
+            rows.mean_keys = self.mean_keys
+        return rows
 
     def _columns(self) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in vars(self).items() if name != "mean_keys"}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class PackedLoader:

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
     def _table(self, name: str) -> Tensor:
         parts = [part for key, part in self.code_rows.items() if key.startswith(f"{name}-")]
-        return with_codes(self.get_parameter(f"{name}.weight"), parts)
+        return with_codes(getattr(self, name).weight, parts)
 
     @property
     def head_weight(self) -> Tensor:

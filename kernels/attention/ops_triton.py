@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from onevocab.kernels import tuning
 from onevocab.kernels.attention.backward_triton import delta_kernel, dkdv_kernel, dq_kernel
 from onevocab.kernels.attention.configs import SHORT, TABLE
-from onevocab.kernels.attention.descriptors import descriptor, obstacle
+from onevocab.kernels.attention.descriptors_triton import descriptor, obstacle
 from onevocab.kernels.attention.forward_triton import forward_kernel
 from onevocab.kernels.attention.mask import IntervalMask, visible_pairs
 from onevocab.kernels.backend import note, on_device

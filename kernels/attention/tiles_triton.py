@@ -2,7 +2,7 @@
 
 A tile is read in one of two ways (DESCRIPTORS): by pointers, which take any strides, or by a tensor descriptor made on
 the host, which Hopper's copy engine (TMA) reads without address arithmetic in registers, and which gives zeros beyond
-the tensor's end. `descriptors.py` says which tensors a descriptor can address.
+the tensor's end. `descriptors_triton.py` says which tensors a descriptor can address.
 """
 
 import os

@@ -81,7 +81,7 @@ MUTATIONS = {
         INTERPRETER, "descriptors",
     ),
     "descriptors: strides are not looked at": (
-        "kernels/attention/descriptors.py", "step <= 0 or step * x.element_size() % 16", "step <= 0",
+        "kernels/attention/descriptors_triton.py", "step <= 0 or step * x.element_size() % 16", "step <= 0",
         INTERPRETER, "descriptor",
     ),
     "ahead: the first block at an edge twice": (

@@ -69,8 +69,4 @@ MUTATIONS = {
         "return F.rms_norm(x.to(kind).float(), weight.shape, weight, eps).to(kind)\n\n    @staticmethod",
         FAST, "autocast",
     ),
-    "under autocast the gradient of the sum is rounded": (
-        OPS, "rms_norm_backward(grad, grad_total, total,", "rms_norm_backward(grad, grad_total.bfloat16(), total,",
-        INTERPRETER, "autocast",
-    ),
 }  # fmt: skip

@@ -36,6 +36,6 @@ def test_the_table_of_configs():
             assert tuning.config(TABLE, "attention_forward", 96, half, cpu) == {**wide, "block_q": 16, "block_k": 16}
         assert tuning.config(TABLE, "attention_forward", 96, half, cpu) == {**wide, "block_q": 16}
     assert tuning.config(TABLE, "attention_forward", 96, half, cpu) == wide
-    for operation, width in (("attention_forward", 129), ("sideways", 16)):
+    for operation, width in (("attention_forward", 257), ("sideways", 16)):
         with pytest.raises(ValueError, match=f"{operation}: no config for width {width}"):
             tuning.config(TABLE, operation, width, half, cpu)

@@ -1,9 +1,12 @@
 """vq_assign on the CPU, against float64."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from onevocab.kernels import aot
 from onevocab.kernels.vq import vq_assign, vq_assign_reference
 
 
@@ -38,3 +41,8 @@ def test_vq_assign_names_what_does_not_fit():
             vq_assign(torch.ones(latents), torch.ones(codebook))
     with pytest.raises(ValueError, match="floating-point"):
         vq_assign(torch.ones(3, 4, dtype=torch.int64), torch.ones(5, 4))
+
+
+def test_no_variant_spills():
+    rows = [row for targets in json.loads(aot.table_path("vq").read_text())["cases"].values() for row in targets["90"]]
+    assert len(rows) == len(aot.OPERATIONS["vq"].CASES) and not any(row["LDL"] or row["STL"] for row in rows)

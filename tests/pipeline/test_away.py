@@ -116,7 +116,7 @@ def test_what_comes_back_is_checked(tmp_path):
     with pytest.raises(UserError, match="from another run"):
         packed.take_back(out, other)
     content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + b"x")
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=f"{weights.name} is missing or damaged"):
         packed.take_back(out, run)
     weights.write_bytes(content)

@@ -239,7 +239,7 @@ def test_descriptors_give_the_same_bits(kind, dim, ahead):
 
 
 def test_what_a_descriptor_cannot_address():
-    from onevocab.kernels.attention.descriptors import obstacle
+    from onevocab.kernels.attention.descriptors_triton import obstacle
 
     x = torch.zeros(2, 3, 8, 16, dtype=torch.bfloat16)
     assert obstacle(x=x) is None and obstacle(x=x.transpose(1, 2)) is None and obstacle(x=x[:1, :, :, :7]) is None

@@ -90,14 +90,17 @@ def test_scale_and_scores_far_apart():
 
 
 def test_lengths_in_int32_and_a_cache_that_is_not_contiguous():
-    """(B, T, Hkv, D) in memory, and a cache with room behind."""
+    """(B, T, Hkv, D) in memory, a cache with room behind, and strides that nothing divides."""
     q, k, v = some(2, 4, 2, 1, 20, 16)
     room = torch.full((2, 30, 2, 16), float("nan"))
     room[:, :20] = k.transpose(1, 2)
     lengths = torch.tensor([20, 11], dtype=torch.int32)
     a = decode_attention(q, k, v, lengths, backend="triton")
     b = decode_attention(q, room.transpose(1, 2)[:, :, :20], v, lengths, backend="triton")
-    assert torch.equal(a, b)
+    odd = torch.full((2, 2, 21, 17), float("nan"))
+    odd[:, :, :20, :16] = k
+    c = decode_attention(q, odd[:, :, :20, :16], v, lengths, backend="triton")
+    assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_rows_do_not_see_each_other():
