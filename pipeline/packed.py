@@ -5,11 +5,13 @@ most PART bytes, and what else the run has, `write_back` and `take_back`. Archiv
 anything of them is used.
 """
 
+import gzip
 import io
 import json
 import lzma
 import re
 import tarfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -161,12 +163,13 @@ def _read_back(path: Path) -> dict[str, bytes]:
     allowed = {BACK, *TOP, *(f"{stage}/{record}" for stage in LANGUAGE for record in RECORDS)}
     found = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for entry in archive:
                 if entry.name not in allowed or not entry.isreg() or entry.size > 1 << 28:
                     raise UserError(f"{path} holds {entry.name!r}, which does not come back from a training")
                 found[entry.name] = archive.extractfile(entry).read()
-    except (OSError, EOFError, tarfile.TarError) as error:
+            stream.seek(0, io.SEEK_END)  # to the end, where gzip compares its checksum: a tar ends before
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if BACK not in found:
         raise UserError(f"{path} does not say what came back; copy the files again")
