@@ -3,7 +3,8 @@
 An operation's `aot.py` has CASES: name -> a call of its public function on small CPU tensors; `kernels/aot.py` says
 what becomes of it. They reach every row of the operation's tuning table that a target can reach. It may also have MAIN,
 names of cases that on Hopper must have warpgroup matrix products; WITHOUT_PRODUCTS, kernels of these that multiply no
-matrices; and TWO_PROGRAMS, kernels of these of which a multiprocessor must hold two programs.
+matrices; TWO_PROGRAMS, kernels of these of which a multiprocessor must hold two programs; and MAY_SPILL, names of cases
+in 16-bit types that may spill on Hopper, with the reason.
 """
 
 from collections.abc import Callable, Iterable

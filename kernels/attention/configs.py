@@ -45,7 +45,7 @@ TABLE: Table = {
     ("attention_dq", 256, 4, 0): _blocks(16, 16, 4, 1),
     ("attention_dkdv", 64, 2, 9): _described(64, 64, 4, 2),
     ("attention_dkdv", 128, 2, 9): _described(32, 64, 4, 3),
-    ("attention_dkdv", 256, 2, 9): _described(16, 64, 8, 2),
+    ("attention_dkdv", 256, 2, 9): _described(16, 64, 8, 3),
     ("attention_dkdv", 128, 2, 8): _blocks(32, 64, 4, 2),
     ("attention_dkdv", 256, 2, 8): _blocks(16, 64, 8, 2),
     ("attention_dkdv", 256, 4, 8): _blocks(16, 16, 4, 1),
