@@ -93,7 +93,7 @@ MUTATIONS = {
         INTERPRETER, "descriptors",
     ),
     "fused: dQ without the scale": (
-        OPS, "dq.copy_(sums.mul_(scale))", "dq.copy_(sums)",
+        OPS, "like(q).copy_(each.mul_(scale))", "like(q).copy_(each)",
         INTERPRETER, "fused",
     ),
     "fused: dQ of the last block of keys alone": (

@@ -211,6 +211,7 @@ def test_nothing_leaks_bitwise(kind):
 
 
 MASKS = {
+    "one document": lambda: IntervalMask.causal(torch.zeros(1, 100, dtype=torch.long)),  # with blocks seen in full
     "documents": lambda: IntervalMask.causal(documents(70)),
     "windows": lambda: IntervalMask.windowed(documents(70), 20, 3),
     "prefix": lambda: IntervalMask.shared_prefix(documents(70, seed=3).clamp(min=0), documents(70, seed=3) * 0),
@@ -219,14 +220,15 @@ MASKS = {
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.parametrize("kind,dim", some_slow([("documents", 32), ("prefix", 24), ("cache", 16)], [("windows", 96)]))
+@pytest.mark.parametrize("kind,dim", some_slow([("one document", 16), ("documents", 32), ("cache", 16)],
+                                                [("prefix", 24), ("windows", 96)]))
 def test_descriptors_give_the_same_bits(kind, dim, ahead):
     """Also where a row ends within a block, and where the head dim is no power of two. The same by pointers where a
     descriptor cannot address a tensor, and then `chosen()` says so."""
     mask = MASKS[kind]()
     queries = mask.first.shape[1]
     leaves = [x.transpose(1, 2).contiguous().transpose(1, 2)
-              for x in qkv(4, 2, queries, 50 if kind == "cache" else queries, dim)]
+              for x in qkv(2, 1, queries, 50 if kind == "cache" else queries, dim, batch=len(mask.first))]
     want = results(lambda *x: triton(*x, mask), leaves)
     odd = [torch.cat([x, x[..., :1]], -1)[..., :-1] for x in leaves]  # rows of dim + 1 numbers
     with tuning.forced(**{name: {"descriptors": 1, "ahead": ahead} for name in KERNELS}):
