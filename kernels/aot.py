@@ -192,8 +192,7 @@ def problems(table: dict[str, dict[str, list[dict]]]) -> list[str]:
                 where = f"{name}, sm_{target}, {row['kernel']}"
                 if row["shared"] > SHARED_LIMIT[int(target)]:
                     faults.append(f"{where}: {row['shared']:,} B of shared memory, limit {SHARED_LIMIT[int(target)]:,}")
-                if target == "90" and (row["LDL"] or row["STL"]) and "fp32" not in name and (
-                        name not in MAY_SPILL):
+                if target == "90" and (row["LDL"] or row["STL"]) and not ("fp32" in name or name in MAY_SPILL):
                     faults.append(f"{where}: spills ({row['LDL']} loads, {row['STL']} stores)")
                 if row["waits"] > row["products"]:
                     faults.append(f"{where}: {row['waits']} waits for {row['products']} products by warpgroups")
@@ -212,11 +211,9 @@ def write_table(folder: str, version: str, compiled: dict[str, dict[str, list[di
     old = read_json(path) if path.exists() else {}
     kept = old.get(version, {})
     cases = {name: {**kept.get(name, {}), **compiled.get(name, {})} for name in OPERATIONS[folder].CASES}
-    table = {OLDEST: old[OLDEST]} if OLDEST in old else {}
-    table[version] = {name: targets for name, targets in cases.items() if targets}
-    if version == OLDEST:
-        table |= {other: cases for other, cases in old.items() if other != OLDEST}
-    write_json(path, dict(sorted(table.items())))
+    others = {other: table for other, table in old.items() if OLDEST in (other, version)}
+    now = {name: targets for name, targets in cases.items() if targets}
+    write_json(path, dict(sorted({**others, version: now}.items())))
 
 
 @cli

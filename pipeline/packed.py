@@ -32,11 +32,11 @@ from onevocab.common.errors import UserError
 from onevocab.common.files import read_json, sha256_file, write_atomic, write_json
 from onevocab.common.provenance import provenance
 from onevocab.generation import defaults as generation
+from onevocab.generation.anytoany import STAGES
 from onevocab.model.weights import load_tensors, load_weights
 from onevocab.pipeline.inputs import AWAY, FILES
 
 PART = 15 << 20  # bytes of a file of weights
-LANGUAGE = ("instruct", "pretrain")  # the newest first
 RECORDS = ("done.json", "started.json", "curves.png")
 TOP = ("config.toml", "metrics.jsonl", generation.FILE)
 RUN, BACK = "run.tgz", "weights.json"  # what came back but for the weights; in it, what the weights are
@@ -52,7 +52,7 @@ def pack(run: Path, out: Path, most: int) -> int:
         for path in sorted(run.rglob("*")):
             name = path.relative_to(run)
             if path.is_file() and (name.parts[0] in ("codes", "tokenizers") or str(name) in TOP
-                                   or name.name in RECORDS and name.parts[0] not in LANGUAGE
+                                   or name.name in RECORDS and name.parts[0] not in STAGES
                                    or name.parts == ("shards", FILES)):
                 archive.add(path, str(name))
         _add(archive, f"shards/{AWAY}", json.dumps(provenance()).encode())
@@ -100,7 +100,7 @@ def parts_of(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
 def write_back(run: Path, out: Path) -> list[Path]:
     """Writes what is to come back of a run into a folder; returns the files. Raises UserError when there are no
     weights."""
-    stage = next((name for name in LANGUAGE if list_steps(run / name)), None)
+    stage = next((name for name in STAGES if list_steps(run / name)), None)
     if stage is None:
         raise UserError(f"{run} has no checkpoint yet: nothing comes back")
     step = steps_to_use(run / stage)[0]
@@ -115,7 +115,7 @@ def write_back(run: Path, out: Path) -> list[Path]:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as archive:
         _add(archive, BACK, json.dumps(back).encode())
-        for name in [*TOP, *(f"{stage}/{record}" for stage in LANGUAGE for record in RECORDS)]:
+        for name in [*TOP, *(f"{stage}/{record}" for stage in STAGES for record in RECORDS)]:
             if (run / name).is_file():
                 archive.add(run / name, name)
     write_atomic(out / RUN, content.getvalue())
@@ -129,7 +129,7 @@ def take_back(folder: Path, run: Path) -> Path:
     try:
         back = json.loads(files.pop(BACK))
         stage, step, info, codes, weights = (back[key] for key in ("stage", "step", "model", "codes", "files"))
-        if stage not in LANGUAGE or not re.fullmatch(r"step-\d{1,9}", step) or not isinstance(info, dict):
+        if stage not in STAGES or not re.fullmatch(r"step-\d{1,9}", step) or not isinstance(info, dict):
             raise ValueError
         expected = {f"weights-{number}-of-{len(weights)}.safetensors" for number in range(1, len(weights) + 1)}
         if weights.keys() != expected:
@@ -138,7 +138,7 @@ def take_back(folder: Path, run: Path) -> Path:
         raise UserError(f"{folder / RUN} does not say what came back; copy the files again") from None
     if read_json(run / "codes" / "done.json").get("hash") != codes:
         raise UserError(f"{folder} comes from another run than {run}: their codes differ")
-    if there := next((name for name in LANGUAGE if list_steps(run / name)), None):
+    if there := next((name for name in STAGES if list_steps(run / name)), None):
         raise UserError(f"{run / there} holds checkpoints already; move them away first")
     tensors: dict[str, Tensor] = {}
     for name, digest in weights.items():
@@ -160,7 +160,7 @@ def take_back(folder: Path, run: Path) -> Path:
 
 def _read_back(path: Path) -> dict[str, bytes]:
     """name -> content of the files that may come back. Raises UserError when there is another one, or no archive."""
-    allowed = {BACK, *TOP, *(f"{stage}/{record}" for stage in LANGUAGE for record in RECORDS)}
+    allowed = {BACK, *TOP, *(f"{stage}/{record}" for stage in STAGES for record in RECORDS)}
     found = {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:

@@ -107,8 +107,6 @@ class Saver:
                 use_pinned_memory=torch.cuda.is_available(), use_shared_memory=False, use_async_staging=False,
                 use_non_blocking_copy=False)).stage(tensors)
         averages = {} if optimizers is None else optimizers.averages()
-        if averages:
-            averages = averages | dict(model.named_buffers())
         weights = {name: self._whole(values) for name, values in ((MODEL, model.state_dict()), (AVERAGED, averages))
                    if values}
         texts = {INFO: model_info, STATE: {"step": step, "state": state, "rng": random_state()}}
@@ -262,7 +260,7 @@ def restore(saved: Checkpoint, model: nn.Module, optimizers=None) -> None:
     when it belongs to another model."""
     distributed.all_or_raise(lambda: _copy_file(model.state_dict(), saved.folder / MODEL))
     if optimizers is not None:
-        _load_optimizers(optimizers, model, saved.folder)
+        _load_optimizers(optimizers, saved.folder)
     restore_random_state(saved.rng)
 
 
@@ -283,10 +281,10 @@ def _copy_file(own: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def _load_optimizers(optimizers, model: nn.Module, step_folder: Path) -> None:
+def _load_optimizers(optimizers, step_folder: Path) -> None:
     wanted, averages = optimizers.tensors(), optimizers.averages()
     if averages:
-        distributed.all_or_raise(lambda: _copy_file(averages | dict(model.named_buffers()), step_folder / AVERAGED))
+        distributed.all_or_raise(lambda: _copy_file(averages, step_folder / AVERAGED))
     reader = HuggingFaceStorageReader(str(step_folder / "optimizer"))
     saved = reader.read_metadata().state_dict_metadata
     for name, tensor in wanted.items():

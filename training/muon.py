@@ -4,8 +4,10 @@ Muon is Keller Jordan's (https://kellerjordan.github.io/posts/muon/): Nesterov m
 semi-orthogonal matrix by five quintic Newton-Schulz steps, scaled by sqrt(max(1, rows / columns)).
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -14,19 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from onevocab.training import distributed
 
+if TYPE_CHECKING:  # at run time any object with its fields does: benchmarks run without pydantic
+    from onevocab.training.config import OptimizerConfig
+
 Named = list[tuple[str, nn.Parameter]]
-
-
-class Settings(Protocol):
-    """training/config.py's OptimizerConfig, or anything with its values: this module does not need pydantic."""
-
-    matrix_lr: float
-    other_lr: float
-    momentum: float
-    weight_decay: float
-    ema_decay: float
-    betas: tuple[float, float]
-    eps: float
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -159,6 +152,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.live = decay, dict(model.named_parameters())
         self.tensors = {name: p.detach().clone() for name, p in self.live.items()}
+        self.buffers = dict(model.named_buffers())  # which no average is taken of
 
     @torch.no_grad()
     def step(self, done: int) -> None:
@@ -195,8 +189,8 @@ class Optimizers:
                 for name, value in member.tensors().items()}
 
     def averages(self) -> dict[str, Tensor]:
-        """The averaged weights under the model's names; empty where none are kept."""
-        return self.average.tensors if self.average else {}
+        """The averaged weights and the buffers, under the model's names; empty where none are kept."""
+        return self.average.tensors | self.average.buffers if self.average else {}
 
 
 def assign(model: nn.Module) -> tuple[Named, Named]:
@@ -209,7 +203,7 @@ def assign(model: nn.Module) -> tuple[Named, Named]:
     return matrices, rest
 
 
-def state_bytes(model: nn.Module, config: Settings) -> int:
+def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     """Bytes of the optimisers' state: a momentum for each number of a matrix, two moments for the others (and a count
     of steps for each tensor), and the average. The model may be on `meta`."""
     matrices, rest = assign(model)
@@ -217,7 +211,7 @@ def state_bytes(model: nn.Module, config: Settings) -> int:
     return 4 * sum(p.numel() for _, p in matrices) + sum(8 * p.numel() + 4 for _, p in rest) + averaged
 
 
-def build_optimizers(model: nn.Module, config: Settings) -> Optimizers:
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> Optimizers:
     """Each parameter's optimiser as `assign` says. The model has been sharded before, if it is to be."""
     (matrices, rest), members = assign(model), {}
     if matrices:

@@ -15,8 +15,8 @@ from onevocab.kernels.attention.mask import IntervalMask
 
 BLOCK = 64  # queries; times the heads that share a key head they are one tile
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ByBlock(torch.autograd.Function):
         groups = q.shape[1] // k.shape[1]
         bias = _repeat(blocks.bias, groups)
         tiles = _queries(q, groups), _gather(k, blocks.keys), _gather(v, blocks.keys)
-        out, lse = _flash(*tiles, 0.0, False, attn_mask=bias, scale=scale)
+        out, lse = flash(*tiles, 0.0, False, attn_mask=bias, scale=scale)
         ctx.save_for_backward(*tiles, out, lse)
         ctx.blocks, ctx.scale, ctx.shapes, ctx.groups = blocks, scale, (q.shape, k.shape), groups
         out = _rows(out, q.shape, groups)
@@ -87,7 +87,7 @@ class ByBlock(torch.autograd.Function):
             grad = grad.masked_fill(blocks.empty, 0.0)
         q, k, v, out, lse = ctx.saved_tensors
         bias = _repeat(blocks.bias, ctx.groups)
-        dq, dk, dv = _flash_backward(
+        dq, dk, dv = flash_backward(
             _queries(grad, ctx.groups), q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=ctx.scale
         )
         return _rows(dq, q_shape, ctx.groups), *(_scatter(x, blocks.keys, k_shape) for x in (dk, dv)), None, None

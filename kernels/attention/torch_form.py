@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onevocab.kernels.attention.mask import IntervalMask
-from onevocab.kernels.attention.torch_blocks import ByBlock, blocks_of
+from onevocab.kernels.attention.torch_blocks import ByBlock, blocks_of, flash, flash_backward
 
 SPARSE, SHARE = 256, 0.5  # from how many queries, and up to which share of all pairs, a mask runs block by block
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None, scale: float | None) -> Tensor:
@@ -94,13 +92,13 @@ def _forward(q, k, v, runs, prefixes, scale):
     done = [
         (torch.zeros_like(a), a.new_zeros(a.shape[:3], dtype=torch.promote_types(a.dtype, torch.float32)))
         if pad
-        else _flash(a, b, c, 0.0, True, scale=scale)
+        else flash(a, b, c, 0.0, True, scale=scale)
         for a, b, c, pad in pieces
     ]
     out, lse = (torch.cat(parts, 2) for parts in zip(*done, strict=True))
     for queries, keys in prefixes:
         own, own_lse = out[:, :, queries], lse[:, :, queries]
-        shared, shared_lse = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, False, scale=scale)
+        shared, shared_lse = flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, False, scale=scale)
         share = torch.sigmoid(shared_lse - own_lse)  # e^a / (e^a + e^b)
         own.lerp_(shared, share[..., None])
         lse[:, :, queries] = torch.logaddexp(own_lse, shared_lse)
@@ -114,12 +112,12 @@ def _backward(grad, q, k, v, out, lse, runs, prefixes, scale):
         if pad:
             grads.append((torch.zeros_like(piece[0]),) * 3)
         else:
-            grads.append(_flash_backward(*piece, 0.0, True, scale=scale))
+            grads.append(flash_backward(*piece, 0.0, True, scale=scale))
     dq, dk, dv = (torch.cat(parts, 2) for parts in zip(*grads, strict=True))
     for queries, keys in prefixes:
         g, a, o, le = (x[:, :, queries] for x in (grad, q, out, lse))
         b, c = k[:, :, keys], v[:, :, keys]
-        part_q, part_k, part_v = _flash_backward(g, a, b, c, o, le, 0.0, False, scale=scale)
+        part_q, part_k, part_v = flash_backward(g, a, b, c, o, le, 0.0, False, scale=scale)
         dq[:, :, queries] += part_q
         dk[:, :, keys] += part_k
         dv[:, :, keys] += part_v
