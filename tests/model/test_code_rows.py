@@ -10,7 +10,8 @@ from onevocab.model.decoder import Decoder
 from onevocab.tokenizers.quantizers import build_quantizer
 from onevocab.tokenizers.quantizers.fsq import FSQConfig
 from onevocab.tokenizers.quantizers.vq import VQConfig
-from onevocab.training.muon import assign
+from onevocab.training.config import OptimizerConfig
+from onevocab.training.muon import assign, build_optimizers
 
 CODES = {"image": 20, "audio": 70}  # modality -> id of its first code
 
@@ -74,6 +75,20 @@ def test_what_is_learned_of_a_code_is_learned_of_its_neighbour():
     matrices, rest = assign(model)
     assert any(value is part.projection for _, value in matrices)
     assert any(value is model.embed_tokens.weight for _, value in rest)
+
+
+def test_averages_are_complete():
+    """What a checkpoint has of them folds into plain rows: the averaged parts, not the newest ones."""
+    model = decoder(True)
+    plain = set(model.state_dict())
+    model.split_code_rows(features(), fresh=False)
+    optimizers = build_optimizers(model, OptimizerConfig(ema_decay=0.999))
+    before = fold(model.state_dict())["embed_tokens.weight"]
+    with torch.no_grad():
+        model.code_rows["embed_tokens-image"].projection += 1
+    assert optimizers.averages().keys() == model.state_dict().keys()
+    folded = fold(optimizers.averages())
+    assert set(folded) == plain and torch.equal(folded["embed_tokens.weight"], before)
 
 
 def test_features():
