@@ -24,8 +24,8 @@ from onevocab.training.precision import select_precision
 STEP, OPTIMIZER = "training step", "the optimizer"
 # An operator belongs to the first scope around it that is named here; matmuls and what is not arithmetic to themselves.
 SCOPES = ((OPTIMIZER, "optimizer"), ("_ByDocument", "attention"),
-          ("flash_attention", "attention"), ("LinearCrossEntropy", "loss"), ("_QKNormRope", "norms, rotary"),
-          ("_RMSNorm", "norms, rotary"), ("_SwiGLU", "SwiGLU"), ("embedding", "embedding"))
+          ("flash_attention", "attention"), ("AttentionC", "attention"), ("LinearCrossEntropy", "loss"),
+          ("QKNormRope", "norms, rotary"), ("RMSNorm", "norms, rotary"), ("SwiGLU", "SwiGLU"), ("embedding", "embedding"))
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::linear",
            "aten::matmul", "aten::mkldnn_linear", "aten::_addmm_activation")
 NOT_ARITHMETIC = {
@@ -57,8 +57,9 @@ def kind_of(event) -> str:
         return "matmul" if where != "optimizer" else "optimizer"
     if kind:
         return kind
-    if not event.name.startswith(("aten::", "onevocab::")):
-        return PYTHON  # a scope's own time: what is between the operators in it
+    # A scope's own time is what is between the operators in it, but for one that calls a kernel in C.
+    if not event.name.startswith(("aten::", "onevocab::")) and not event.name.endswith(("C", "CBackward")):
+        return PYTHON
     return where or "other arithmetic"
 
 

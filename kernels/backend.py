@@ -1,11 +1,13 @@
 """Which implementation of an operation runs: one place that decides, can be told, and says what it chose.
 
 - `triton`: fused GPU kernels. On CPU tensors they run only under Triton's interpreter, which is for tests.
-- `torch`: the fastest correct way with torch alone; what a CPU uses.
+- `c`: kernels in C for a CPU's float32 and bfloat16, compiled where they first run (`c_library`).
+- `torch`: the fastest correct way with torch alone; what a CPU without a compiler uses.
 - `reference`: the definition, written to be read.
 
 In this order: the argument `backend`, the environment variable ONEVOCAB_KERNELS, and else Triton for CUDA tensors where
-triton is installed and supports the inputs, torch for everything else.
+triton is installed and supports the inputs, C for CPU tensors where the operation has such kernels, a compiler is there
+and they support the inputs, torch for everything else.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "torch", "reference")
+BACKENDS = ("triton", "c", "torch", "reference")
 VARIABLE = "ONEVOCAB_KERNELS"
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,11 +77,18 @@ def autocast_type(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if on else None
 
 
-def select_backend(operation: str, *tensors: Tensor, backend: str | None = None, unsupported: str | None = None) -> str:
-    """The backend for `operation` on these tensors: "triton", "torch" or "reference".
+def select_backend(
+    operation: str,
+    *tensors: Tensor,
+    backend: str | None = None,
+    unsupported: str | None = None,
+    without_c: Callable[[], str | None] = lambda: "it has no kernel in C",
+) -> str:
+    """The backend for `operation` on these tensors: one of BACKENDS.
 
-    unsupported says why Triton cannot take these inputs, None when it can. Raises ValueError when tensors lie on
-    several devices, for an unknown name, and when Triton is asked for where it cannot run.
+    unsupported says why Triton cannot take these inputs, without_c() why the kernels in C cannot, on a CPU; None when
+    they can. Raises ValueError when tensors lie on several devices, for an unknown
+    name, and when Triton or C is asked for where it cannot run.
     """
     device = tensors[0].device if tensors else None
     if device is None or any(tensor.device != device for tensor in tensors[1:]):
@@ -101,9 +110,15 @@ def select_backend(operation: str, *tensors: Tensor, backend: str | None = None,
             raise ValueError(f"{operation}: {why} is {asked!r}; it can be {', '.join(BACKENDS)}")
         if asked == "triton" and obstacle:
             raise ValueError(f"{operation}: {why} asks for triton, but {obstacle}")
+        obstacle = f"the tensors are on {device}" if device.type != "cpu" else asked == "c" and without_c()
+        if asked == "c" and obstacle:
+            raise ValueError(f"{operation}: {why} asks for c, but {obstacle}")
         choice = Choice(asked, why)
     elif on_cuda and obstacle is None:
         choice = Choice("triton", f"tensors on {device}")
+    elif device.type == "cpu":
+        reason = without_c()
+        choice = Choice("torch", f"tensors on cpu; {reason}") if reason else Choice("c", "tensors on cpu")
     else:
         choice = Choice("torch", obstacle if on_cuda else f"tensors on {device}")
     if not torch.compiler.is_compiling():  # a compiler would guard what is in there

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from onevocab.kernels.attention.mask import IntervalMask
+from onevocab.kernels.attention.ops_c import attention_c
 from onevocab.kernels.attention.reference import attention_reference
 from onevocab.kernels.attention.torch_form import attention_torch
 from onevocab.kernels.backend import select_backend
+from onevocab.kernels.c_library import why_not
 from onevocab.kernels.decode import decode_attention
 
 __all__ = ["IntervalMask", "attention", "attention_reference"]
@@ -38,7 +40,8 @@ def attention(
     empty, and when a backend is asked for that cannot run.
     """
     _check(q, k, v, mask)
-    chosen = select_backend("attention", q, k, v, backend=backend, unsupported=_unsupported(q, scale))
+    chosen = select_backend("attention", q, k, v, backend=backend, unsupported=_unsupported(q, scale),
+                            without_c=lambda: _without_c(q, k, v, mask))
     if chosen == "reference":
         return attention_reference(q, k, v, mask, scale)
     if chosen == "triton":  # imported here: not everywhere is triton installed
@@ -52,7 +55,18 @@ def attention(
         if deterministic is None:
             deterministic = os.environ.get(DETERMINISTIC, "1") != "0"
         return ops_triton.attention(q, k, v, mask, scale, deterministic)
+    if chosen == "c":
+        return attention_c(q, k, v, mask, scale)
     return attention_torch(q, k, v, mask, scale)
+
+
+def _without_c(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None) -> str | None:
+    """Why the C kernels do not take these, or None."""
+    if q.shape[-1] % 16:
+        return f"its C kernel takes head dims that are multiples of 16, not {q.shape[-1]}"
+    if q.shape[2] == 1:
+        return "one query a row would leave most of a vector empty"
+    return why_not("attention", q, k, v, types=(torch.float32, torch.bfloat16, torch.float16))
 
 
 def _unsupported(q: Tensor, scale: float | None) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from onevocab.kernels.backend import autocast_type, select_backend, unsupported_type
+from onevocab.kernels.c_library import why_not
+from onevocab.kernels.elementwise.ops_c import QKNormRopeC, SwiGLUC, rms_norm_c
 from onevocab.kernels.elementwise.reference import (
     qk_norm_rope_reference,
     rms_norm_reference,
@@ -37,7 +39,8 @@ def rms_norm(
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(f"rms_norm: {_shapes(*given)} do not fit x (..., d), weight (d,), residual (..., d)")
     odd = f"a row holds at most 32768, not {len(weight)}" if len(weight) > 32768 else unsupported_type(*given)
-    chosen = select_backend("rms_norm", *given, backend=backend, unsupported=odd)
+    chosen = select_backend("rms_norm", *given, backend=backend, unsupported=odd,
+                            without_c=lambda: why_not("elementwise", *given))
     kind = functools.reduce(torch.promote_types, (each.dtype for each in given))
     if kind == torch.float32:
         kind = autocast_type(x.device) or kind
@@ -47,6 +50,8 @@ def rms_norm(
         if residual is None:
             return ops_triton.rms_norm(x, weight, eps, kind)
         return ops_triton.add_rms_norm(x, residual, weight, eps, kind)
+    if chosen == "c":
+        return rms_norm_c(x, residual, weight, eps, kind)
     total = x if residual is None else x + residual
     if chosen == "reference":
         normed = rms_norm_reference(total, weight, eps).to(kind)
@@ -69,11 +74,14 @@ def qk_norm_rope(
         shapes = _shapes(x, weight, cos, sin)
         raise ValueError(f"qk_norm_rope: {shapes} do not fit x (B, S, H, D), weight (D,), cos and sin (B, S, D/2)")
     odd = f"head dims go up to 512, not {x.shape[-1]}" if x.shape[-1] > 512 else unsupported_type(x, weight, cos, sin)
-    chosen = select_backend("qk_norm_rope", x, weight, cos, sin, backend=backend, unsupported=odd)
+    chosen = select_backend("qk_norm_rope", x, weight, cos, sin, backend=backend, unsupported=odd,
+                            without_c=lambda: why_not("elementwise", x, weight, cos, sin))
     if chosen == "triton":
         from onevocab.kernels.elementwise import ops_triton
 
         return ops_triton.qk_norm_rope(x, weight, cos, sin, eps)
+    if chosen == "c":
+        return QKNormRopeC.apply(x, weight, cos, sin, eps)
     kind, x = x.dtype, x.to(weight.dtype)
     if chosen == "reference":
         return qk_norm_rope_reference(x, weight, cos, sin, eps).to(kind)
@@ -85,9 +93,12 @@ def swiglu(gate: Tensor, up: Tensor, backend: str | None = None) -> Tensor:
     _check("swiglu", gate, up)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"swiglu: {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)} differ")
-    chosen = select_backend("swiglu", gate, up, backend=backend, unsupported=unsupported_type(gate))
+    chosen = select_backend("swiglu", gate, up, backend=backend, unsupported=unsupported_type(gate),
+                            without_c=lambda: why_not("elementwise", gate, up))
     if chosen == "reference":
         return swiglu_reference(gate, up)
+    if chosen == "c":
+        return SwiGLUC.apply(gate, up)
     if chosen == "triton":
         from onevocab.kernels.elementwise import ops_triton
 

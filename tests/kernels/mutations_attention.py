@@ -12,6 +12,8 @@ MASK = "kernels/attention/mask.py"
 CPU = "kernels/attention/torch_form.py"
 BLOCKS = "kernels/attention/torch_blocks.py"
 INTERPRETER = "tests/kernels/interpreter/test_attention_triton.py"
+C = "kernels/attention/kernels.c"
+IN_C = "tests/kernels/test_c.py"
 FAST = "tests/kernels/test_attention.py"
 
 MUTATIONS = {
@@ -147,5 +149,49 @@ MUTATIONS = {
     "CPU: neighbours with different prefixes taken together": (
         MASK, "and prefixes[-1][1] == keys:", "and True:",
         FAST, "shared_prefix",
+    ),
+    "C: a lane's last key is hidden from it": (
+        C, "(seen->last[c] >= (int32_t)(key + j))", "(seen->last[c] > (int32_t)(key + j))",
+        FAST, "without_a_mask",
+    ),
+    "C: blocks go over the beginning of a document": (
+        C, "(shares || !z->spans)", "1",
+        FAST, "leaks",
+    ),
+    "C: a chunk that most lanes see in full counts as full": (
+        C, "if (first > s.full_low) s.full_low = first;", "",
+        IN_C, "windows",
+    ),
+    "C: what was added up before a new maximum is not faded": (
+        C, "ot[d * NV + c] *= fade[c];", ";",
+        FAST, "without_a_mask or windows",
+    ),
+    "C: the second interval is the first again": (
+        C, "Seen seen = seen_by(z, block, part);\n    for (long key = seen.low; key < seen.high; key += chunk) {\n"
+        "      long n = seen.high - key < chunk ? seen.high - key : chunk;\n      products",
+        "Seen seen = seen_by(z, block, 0);\n    for (long key = seen.low; key < seen.high; key += chunk) {\n"
+        "      long n = seen.high - key < chunk ? seen.high - key : chunk;\n      products",
+        FAST, "two_intervals",
+    ),
+    "C: the wrong key head": (
+        C, "kv = h / z->groups, chunk = dim > 64 ? CHUNK / 2 : CHUNK;\n  vf *qt = scratch, *ot",
+        "kv = h % (z->heads / z->groups), chunk = dim > 64 ? CHUNK / 2 : CHUNK;\n  vf *qt = scratch, *ot",
+        FAST, "packed_documents",
+    ),
+    "C: missing scale in dQ": (
+        C, "scale[c] = fill(z->scale)", "scale[c] = fill(1.0f)",
+        FAST, "without_a_mask",
+    ),
+    "C: delta forgotten": (
+        C, "(ds[j * NV + c] - delta[c])", "ds[j * NV + c]",
+        FAST, "without_a_mask",
+    ),
+    "C: the last keys of an odd number are not added up": (
+        C, "if (n & 1) add_tile", "if (0) add_tile",
+        FAST, "packed_documents",
+    ),
+    "C: a part of the backward pass skips its last block": (
+        C, "many * (part + 1) / parts", "many * (part + 1) / parts - 1",
+        FAST, "packed_documents",
     ),
 }  # fmt: skip

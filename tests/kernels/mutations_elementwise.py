@@ -4,6 +4,8 @@ KERNELS = "kernels/elementwise/kernels_triton.py"
 OPS = "kernels/elementwise/ops_triton.py"
 CPU = "kernels/elementwise/torch_form.py"
 PUBLIC = "kernels/elementwise/__init__.py"
+C = "kernels/elementwise/kernels.c"
+IN_C = "tests/kernels/test_c.py"
 INTERPRETER, FAST = "tests/kernels/interpreter/test_elementwise_triton.py", "tests/kernels/test_elementwise.py"
 
 MUTATIONS = {
@@ -68,5 +70,43 @@ MUTATIONS = {
         CPU, "return F.rms_norm(x, weight.shape, weight, eps).to(kind)\n\n    @staticmethod",
         "return F.rms_norm(x.to(kind).float(), weight.shape, weight, eps).to(kind)\n\n    @staticmethod",
         FAST, "autocast",
+    ),
+    "C: RMSNorm's backward pass without the mean": (
+        C, "scaled[i] = factor * (scaled[i] - row[i] * mean);", "scaled[i] = factor * scaled[i];",
+        FAST, "elementwise_kernels",
+    ),
+    "C: the gradient that reached the sum itself is lost": (
+        C, "scaled[i] += more[i];", ";",
+        FAST, "residual",
+    ),
+    "C: the last slab of a weight's gradient is lost": (
+        C, "add_slabs(sums, slabs, dim, d_weight);\n  free(sums);\n  return failed;\n}\n\n// x (tokens",
+        "add_slabs(sums, slabs - 1, dim, d_weight);\n  free(sums);\n  return failed;\n}\n\n// x (tokens",
+        FAST, "elementwise_kernels",
+    ),
+    "C: the backward pass turns the same way as the forward pass": (
+        C, "back[i] = a * c[i] + b * s[i];", "back[i] = a * c[i] - b * s[i];",
+        FAST, "elementwise_kernels",
+    ),
+    "C: heads of a wider row as if it were dense": (
+        C, "read_row(x, wide, t * stride + h * dim, dim, scratch);",
+        "read_row(x, wide, (t * heads + h) * dim, dim, scratch);",
+        IN_C, "wider_rows",
+    ),
+    "C: the numbers behind the last whole vector are not gated": (
+        C, "for (; i < n; i++) out[i] = gate[i] *", "for (; i < n; i++) out[i] = 0 *",
+        IN_C, "any_width",
+    ),
+    "C: silu's derivative without its second term": (
+        C, "* (1.0f + x * (1.0f - s))", "",
+        FAST, "elementwise_kernels",
+    ),
+    "C: bfloat16 is cut off, not rounded": (
+        "kernels/vector.h", "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16", "bits >> 16",
+        IN_C, "any_width",
+    ),
+    "C: e^x beyond the largest float32 is not held back": (
+        "kernels/vector.h", "choose(x > high, high, x)", "x",
+        IN_C, "any_width",
     ),
 }  # fmt: skip

@@ -4,7 +4,18 @@ import pytest
 import torch
 from rounding import no_worse
 
+from onevocab.kernels import c_library
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference, torch_blocks
+from onevocab.kernels.backend import forced
+
+
+@pytest.fixture(params=["chosen", "torch"], autouse=True)
+def backend(request):
+    """Every test twice: with the kernels in C where a CPU would take them, and with torch alone."""
+    if request.param == "chosen" and not c_library.library("attention"):
+        pytest.skip("no C compiler: torch is what is chosen")
+    with forced(None if request.param == "chosen" else "torch"):
+        yield request.param
 
 
 def documents(rows, length, seed=0, padding=True):
@@ -52,14 +63,14 @@ def test_windows_run_block_by_block_on_a_cpu(window, sinks, length, heads, kv_he
     out, *_ = no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask),
                        *qkv(2, heads, kv_heads, length, length, 16))
     assert (out.transpose(1, 2)[mask.first > mask.last] == 0).all()
-    torch_blocks.blocks_of(mask, length, torch.float32)
-    assert mask._cache["blocks", length, torch.float32].pairs < 0.8 * 2 * length**2
     fresh = IntervalMask.windowed(documents(2, length), window, sinks)
     attention(*qkv(2, heads, kv_heads, length, length, 16), fresh)
     assert not any(isinstance(key, int) for key in fresh._cache)  # where the dense mask would be kept
+    torch_blocks.blocks_of(mask, length, torch.float32)
+    assert mask._cache["blocks", length, torch.float32].pairs < 0.8 * 2 * length**2
 
 
-def test_any_intervals_run_block_by_block_on_a_cpu():
+def test_any_intervals_run_block_by_block_on_a_cpu(backend):
     """Keys longer than queries, intervals far apart, rows that see nothing; half precision is computed in float32."""
     generator = torch.Generator().manual_seed(0)
     first = torch.arange(256).expand(2, 256) + torch.randint(0, 30, (2, 256), generator=generator)
@@ -69,7 +80,7 @@ def test_any_intervals_run_block_by_block_on_a_cpu():
     x = qkv(2, 4, 2, 256, 700, 16)
     out, *_ = no_worse(lambda *x: attention(*x, mask), lambda *x: attention_reference(*x, mask), *x)
     assert (out.transpose(1, 2)[nothing] == 0).all()
-    assert ("blocks", 700, torch.float32) in mask._cache
+    assert (("blocks", 700, torch.float32) in mask._cache) == (backend == "torch")
     half = [each.bfloat16() for each in x]
     assert torch.equal(attention(*half, mask), attention(*(each.float() for each in half), mask).bfloat16())
 

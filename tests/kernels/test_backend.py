@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onevocab.kernels import backend, tuning
+from onevocab.kernels import backend, c_library, tuning
 from onevocab.kernels.attention import attention, attention_reference
 from onevocab.kernels.attention.configs import TABLE
 
@@ -11,15 +11,20 @@ from onevocab.kernels.attention.configs import TABLE
 def test_the_backend_can_be_asked_for_and_says_what_it_chose(monkeypatch):
     x = [torch.randn(1, heads, 8, 16) for heads in (2, 1, 1)]
     monkeypatch.delenv("ONEVOCAB_KERNELS", raising=False)
-    attention(*x)
-    assert backend.chosen()["attention"] == ("torch", "tensors on cpu")
+    attention(*(each.double() for each in x))
+    assert backend.chosen()["attention"] == ("torch", "tensors on cpu; the C kernel has no torch.float64")
+    if c_library.library("attention"):
+        attention(*x)
+        assert backend.chosen()["attention"] == ("c", "tensors on cpu")
+    with pytest.raises(ValueError, match="asks for c, but its C kernel takes head dims that are multiples of 16, not 8"):
+        attention(*(each[..., :8] for each in x), backend="c")
     monkeypatch.setenv("ONEVOCAB_KERNELS", "reference")
     assert torch.equal(attention(*x), attention_reference(*x))
     assert backend.chosen()["attention"] == ("reference", "the environment variable ONEVOCAB_KERNELS")
     attention(*x, backend="torch")
     assert backend.chosen()["attention"] == ("torch", "the argument backend")
     monkeypatch.setenv("ONEVOCAB_KERNELS", "fast")
-    with pytest.raises(ValueError, match="'fast'; it can be triton, torch, reference"):
+    with pytest.raises(ValueError, match="'fast'; it can be triton, c, torch, reference"):
         attention(*x)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="asks for triton, but"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from rounding import no_worse
 
-from onevocab.kernels import aot
+from onevocab.kernels import aot, c_library
+from onevocab.kernels.backend import forced
 from onevocab.kernels.elementwise import (
     qk_norm_rope,
     qk_norm_rope_reference,
@@ -16,23 +17,28 @@ from onevocab.kernels.elementwise import (
     swiglu_reference,
 )
 
+needs_c = pytest.mark.skipif(not c_library.library("elementwise"), reason="no C compiler")
+CPU = [pytest.param("c", marks=needs_c), "torch"]
 
-def test_elementwise_kernels():
+
+@pytest.mark.parametrize("backend", CPU)
+def test_elementwise_kernels(backend):
     torch.manual_seed(0)
     x, weight = torch.randn(3, 7, 4, 32), torch.rand(32) + 0.5
     angle = torch.rand(3, 7, 16) * 6
-    no_worse(lambda *a: rms_norm(*a, 1e-6), lambda *a: rms_norm_reference(*a, 1e-6), x, weight)
 
     def turned(f):
         return lambda x, w: f(x, w, angle.cos().to(x.dtype), angle.sin().to(x.dtype), 1e-6)
 
-    no_worse(turned(qk_norm_rope), turned(qk_norm_rope_reference), x, weight)
-    no_worse(swiglu, swiglu_reference, torch.randn(5, 64) * 4, torch.randn(5, 64))
-    with torch.no_grad():
-        torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
+    with forced(backend):
+        no_worse(lambda *a: rms_norm(*a, 1e-6), lambda *a: rms_norm_reference(*a, 1e-6), x, weight)
+        no_worse(turned(qk_norm_rope), turned(qk_norm_rope_reference), x, weight)
+        no_worse(swiglu, swiglu_reference, torch.randn(5, 64) * 4, torch.randn(5, 64))
+        with torch.no_grad():
+            torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*CPU, "reference"])
 def test_rms_norm_with_residual(backend):
     torch.manual_seed(0)
     leaves = [each.requires_grad_() for each in (torch.randn(3, 5, 8), torch.randn(3, 5, 8), torch.rand(8))]
@@ -64,7 +70,7 @@ def test_elementwise_kernels_name_what_does_not_fit():
         rms_norm(x.long(), weight, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [*CPU, "reference"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_rms_norm_under_autocast_is_rounded_once(residual, backend):
     """The norm comes out in bfloat16, the sum in float32; float64 and 16-bit inputs keep their type."""
@@ -82,8 +88,9 @@ def test_rms_norm_under_autocast_is_rounded_once(residual, backend):
 
     normed, total, grads = gradients(lambda *a: rms_norm(*a, backend=backend), torch.float32, True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert rms_norm(leaves[0].double(), leaves[1].double(), 1e-6, backend=backend).dtype == torch.float64
-        assert rms_norm(leaves[0].half(), leaves[1].half(), 1e-6, backend=backend).dtype == torch.float16
+        other = None if backend == "c" else backend  # C has neither
+        assert rms_norm(leaves[0].double(), leaves[1].double(), 1e-6, backend=other).dtype == torch.float64
+        assert rms_norm(leaves[0].half(), leaves[1].half(), 1e-6, backend=other).dtype == torch.float16
     exact, exact_total, exact_grads = gradients(rms_norm_reference, torch.float64, False)
     assert (normed.dtype, total.dtype) == (torch.bfloat16, torch.float32)
     assert ((normed - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()

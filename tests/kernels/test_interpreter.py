@@ -82,7 +82,7 @@ def test_a_deliberate_fault_is_caught(fault, tmp_path, request):
     text = (package / file).read_text()
     assert text.count(old) == 1, f"{file} does not hold {old!r} once"
     (package / file).write_text(text.replace(old, new))
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)}
     if "interpreter" in tests:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", tests]
