@@ -25,7 +25,8 @@ STEP, OPTIMIZER = "training step", "the optimizer"
 # An operator belongs to the first scope around it that is named here; matmuls and what is not arithmetic to themselves.
 SCOPES = ((OPTIMIZER, "optimizer"), ("_ByDocument", "attention"),
           ("flash_attention", "attention"), ("AttentionC", "attention"), ("LinearCrossEntropy", "loss"),
-          ("QKNormRope", "norms, rotary"), ("RMSNorm", "norms, rotary"), ("SwiGLU", "SwiGLU"), ("embedding", "embedding"))
+          ("QKNormRope", "norms, rotary"), ("RMSNorm", "norms, rotary"), ("SwiGLU", "SwiGLU"),
+          ("embedding", "embedding"))
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::linear",
            "aten::matmul", "aten::mkldnn_linear", "aten::_addmm_activation")
 NOT_ARITHMETIC = {

@@ -37,7 +37,7 @@ def why_not(operation: str, *tensors: Tensor, types: tuple[torch.dtype, ...] = T
         return "torch.compile writes its own"
     if any(type(x) not in (Tensor, nn.Parameter) for x in tensors):
         return "the tensors are of a class of their own"  # fake ones have no memory
-    odd = sorted({str(x.dtype) for x in tensors if x.dtype not in types})
+    odd = sorted({str(x.dtype) for x in tensors if x.is_floating_point() and x.dtype not in types})
     if odd:
         return f"the C kernel has no {' or '.join(odd)}"
     return None if library(operation) else _problems[operation]

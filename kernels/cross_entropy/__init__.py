@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from onevocab.kernels.backend import autocast_type, select_backend, unsupported_type
+from onevocab.kernels.c_library import why_not
 from onevocab.kernels.cross_entropy.reference import LossSums, linear_cross_entropy_reference
 from onevocab.kernels.cross_entropy.torch_form import LinearCrossEntropy
 
@@ -35,7 +36,8 @@ def linear_cross_entropy(
     """
     _check(hidden, weight, targets, weights, chunk)
     chosen = select_backend("linear_cross_entropy", hidden, weight, targets, weights, backend=backend,
-                            unsupported=unsupported_type(hidden, weight))
+                            unsupported=unsupported_type(hidden, weight),
+                            without_c=lambda: why_not("cross_entropy", hidden, weight, targets))
     if chosen == "reference":
         return linear_cross_entropy_reference(hidden, weight, targets, weights, z_loss)
     if kind := autocast_type(hidden.device):  # the matmuls in its type; softmax, loss and d weight in the weight's
@@ -46,8 +48,8 @@ def linear_cross_entropy(
 
 def _fused(hidden, weight, targets, weights, z_loss, chunk, chosen):
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    if chosen == "torch":
-        return LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, *wanted)
+    if chosen in ("c", "torch"):
+        return LinearCrossEntropy.apply(hidden, weight, targets, weights, z_loss, chunk, *wanted, chosen == "c")
     from onevocab.kernels.cross_entropy.ops_triton import linear_cross_entropy as run
 
     loss, nll, *_ = run(hidden, weight, targets, weights, z_loss, chunk, *wanted)

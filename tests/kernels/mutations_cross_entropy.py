@@ -4,6 +4,7 @@ KERNELS = "kernels/cross_entropy/kernels_triton.py"
 OPS = "kernels/cross_entropy/ops_triton.py"
 CPU = "kernels/cross_entropy/torch_form.py"
 ROWS = "kernels/cross_entropy/rows.py"
+C = "kernels/cross_entropy/kernels.c"
 INTERPRETER, FAST = "tests/kernels/interpreter/test_cross_entropy_triton.py", "tests/kernels/test_cross_entropy.py"
 
 MUTATIONS = {
@@ -54,7 +55,19 @@ MUTATIONS = {
         FAST, "edges",
     ),
     "CPU: the z-loss has no gradient": (
-        CPU, "(1 + 2 * z_loss * lse)", "1.0 * (lse == lse)",
+        CPU, "mul_((weights * (1 + 2 * z_loss * lse))", "mul_((weights * (lse == lse))",
+        FAST, "",
+    ),
+    "C: the z-loss has no gradient": (
+        C, "(1.0f + 2.0f * z_loss * lse[r])", "1.0f",
+        FAST, "",
+    ),
+    "C: the numbers behind the last whole vector are not in the maximum": (
+        C, "for (; i < n; i++) top = row[i] > top ? row[i] : top;", "",
+        FAST, "",
+    ),
+    "C: the target's part of the gradient ignores the token's weight": (
+        C, "out[targets[r]] -= weights[r]", "out[targets[r]] -= 1.0f",
         FAST, "",
     ),
     "CPU: the gradient that comes from above is ignored": (

@@ -16,7 +16,7 @@ def test_the_backend_can_be_asked_for_and_says_what_it_chose(monkeypatch):
     if c_library.library("attention"):
         attention(*x)
         assert backend.chosen()["attention"] == ("c", "tensors on cpu")
-    with pytest.raises(ValueError, match="asks for c, but its C kernel takes head dims that are multiples of 16, not 8"):
+    with pytest.raises(ValueError, match="asks for c, but its C kernel takes head dims .* multiples of 16, not 8"):
         attention(*(each[..., :8] for each in x), backend="c")
     monkeypatch.setenv("ONEVOCAB_KERNELS", "reference")
     assert torch.equal(attention(*x), attention_reference(*x))

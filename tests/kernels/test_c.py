@@ -171,8 +171,14 @@ def test_a_machine_that_cannot_compile_runs_on_torch_and_says_why(tmp_path):
     shared = tmp_path / "shared"
     (shared / "onevocab").mkdir(parents=True)
     (shared / "onevocab").chmod(0o777)
-    code = ("import torch; from onevocab.kernels.backend import chosen;"
-            "from onevocab.kernels.attention import attention; x = torch.randn(1, 2, 8, 16); attention(x, x, x); print(*chosen()['attention'], sep=': ')")
+    code = """
+import torch
+from onevocab.kernels.attention import attention
+from onevocab.kernels.backend import chosen
+x = torch.randn(1, 2, 8, 16)
+attention(x, x, x)
+print(*chosen()["attention"], sep=": ")
+"""
     empty = tmp_path / "empty"
     empty.mkdir()
     for settings, reason in (
