@@ -57,7 +57,8 @@ def saved_bytes(module: nn.Module, batch, precision: str) -> int:
             kept[x.untyped_storage().data_ptr()] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast(precision, torch.device("cpu")), forced("torch"):
+    with (forced("torch"), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+          autocast(precision, torch.device("cpu"))):
         module(batch)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 

@@ -10,7 +10,8 @@ from onevocab.evaluation import metrics
 from onevocab.tasks import Metric, Wordings
 
 WORDINGS = Wordings(("Find all objects and give their boxes.", "Where are the objects? Answer with boxes.",
-                     "Give a box for each object.", "Detect the objects.", "Give boxes for all objects.",
+                     "Give a box for each object.", "Detect the objects.",
+                     "Can you give a box for each object?", "Give boxes for all objects.",
                      "Find the objects and their boxes."))
 
 

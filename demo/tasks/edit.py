@@ -13,9 +13,11 @@ from onevocab.demo.world import BACKGROUNDS, NAMES, SceneObject, held_out, with_
 from onevocab.tasks import Card, Metric, Section, Wordings
 
 WORDINGS = {
-    "edit_grey": Wordings(("Make it grey.", "Turn the picture grey.", "Take the colours away.", "Paint it grey.",
+    "edit_grey": Wordings(("Make it grey.", "Turn the picture grey.", "Take the colours away.",
+                           "Can you make it grey?", "Paint it grey.",
                            "Make the picture grey.")),
-    "edit_mirror": Wordings(("Mirror it.", "Flip the picture.", "Show it in a mirror.", "Mirror the picture.",
+    "edit_mirror": Wordings(("Mirror it.", "Flip the picture.", "Show it in a mirror.", "Can you mirror it?",
+                             "Mirror the picture.",
                              "Flip it.")),
     "edit_remove": Wordings(("Remove the {name}.", "Take the {name} away.", "Draw it without the {name}.",
                              "Can you remove the {name}?",
@@ -24,7 +26,8 @@ WORDINGS = {
                               "Turn the {name} into {a_other}.", "Make the {name} {a_other}.",
                               "Show {a_other} in place of the {name}.")),
     "edit_background": Wordings(("Make the background {colour}.", "Put it on a {colour} background.",
-                                 "Turn the background {colour}.", "Paint the background {colour}.",
+                                 "Turn the background {colour}.",
+                                 "Can you make the background {colour}?", "Paint the background {colour}.",
                                  "Show it on a {colour} background.")),
 }
 EDITS = tuple(WORDINGS)

@@ -9,6 +9,7 @@ from onevocab.evaluation import metrics
 from onevocab.tasks import Metric, Section, Wordings
 
 WORDINGS = Wordings(("What is said?", "Write down what you hear.", "What do you hear?", "Write what is said.",
+                     "Can you write what you hear?",
                      "Tell me what is said.", "Write down what is said."))
 UNDERSTOOD = Section("Understood by the model", "Voices that were never trained on.")
 

@@ -8,7 +8,8 @@ from onevocab.tasks import Metric, Wordings
 
 NTH = ("first", "second", "third")
 WORDINGS = Wordings(("What is in the {nth} picture?", "Name what the {nth} picture shows.",
-                     "What do you see in the {nth} picture?", "What was in the {nth} picture?",
+                     "What do you see in the {nth} picture?",
+                     "Can you name what the {nth} picture shows?", "What was in the {nth} picture?",
                      "Tell me what is in the {nth} picture.", "Which things are in the {nth} picture?"))
 KINDS = ("newest", "earlier")  # which picture the last question is about
 
