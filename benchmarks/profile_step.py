@@ -1,6 +1,8 @@
-"""Where the CPU time of our training step goes, by kind of work.
+"""Where the CPU time of our training step goes, by kind of work; and of a tokenizer's, of a step of decoding, of
+Griffin-Lim.
 
     python -m benchmarks.profile_step --preset mixed --out profile.json
+    python -m benchmarks.profile_step --preset image    # or audio, decode, griffin_lim: of the demo's sizes
 
 One row for each kind, in milliseconds of a step as `train.py` runs it (forward, backward, Muon and AdamW): time inside
 operators, from torch's profiler, which slows small operators down a little. What is left of the step is Python between
@@ -16,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import train_step
+from benchmarks.profile_parts import PARTS
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
@@ -26,7 +29,8 @@ STEP, OPTIMIZER = "training step", "the optimizer"
 SCOPES = ((OPTIMIZER, "optimizer"), ("_ByDocument", "attention"),
           ("flash_attention", "attention"), ("AttentionC", "attention"), ("LinearCrossEntropy", "loss"),
           ("QKNormRope", "norms, rotary"), ("RMSNorm", "norms, rotary"), ("SwiGLU", "SwiGLU"),
-          ("embedding", "embedding"))
+          ("embedding", "embedding"), ("scaled_dot_product", "attention"), ("rms_norm", "norms, rotary"),
+          ("silu", "SwiGLU"), ("convolution", "convolution"), ("gelu", "GELU"), ("fft", "Fourier transforms"))
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::linear",
            "aten::matmul", "aten::mkldnn_linear", "aten::_addmm_activation")
 NOT_ARITHMETIC = {
@@ -44,7 +48,8 @@ NOT_ARITHMETIC = {
 }
 KIND = {name: kind for kind, names in NOT_ARITHMETIC.items() for name in names} | dict.fromkeys(MATMULS, "matmul")
 PYTHON = "Python, autograd and the rest between operators"
-ARITHMETIC = ("matmul", "attention", "norms, rotary", "SwiGLU", "loss", "optimizer", "embedding", "other arithmetic")
+ARITHMETIC = ("matmul", "attention", "norms, rotary", "SwiGLU", "loss", "optimizer", "embedding", "convolution", "GELU",
+              "Fourier transforms", "other arithmetic")
 
 
 def kind_of(event) -> str:
@@ -98,22 +103,29 @@ def measure_kinds(call, steps: int) -> tuple[dict[str, float], float]:
 @cli
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile_step", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--preset", default="mixed", choices=list(train_step.PRESETS))
-    parser.add_argument("--provider", default=train_step.MUON)
+    parser.add_argument("--preset", default="mixed", choices=[*train_step.PRESETS, *PARTS])
+    parser.add_argument("--provider", default=train_step.MUON, help="of a training step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="unless given, what train.py would choose")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tiny", action="store_true", help="sizes for trying it out")
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args(argv)
-    device, preset = torch.device("cpu"), train_step.PRESETS[args.preset]
+    if args.steps < 1:
+        raise UserError("--steps is at least 1")
+    device = torch.device("cpu")
     dtype = args.dtype or select_precision("auto", device)
-    shape = preset.shapes["cpu"] | (preset.shapes["tiny"] if args.tiny else {})
-    work = preset.build(shape, device, getattr(torch, dtype))
-    if args.provider not in work.providers or args.steps < 1:
-        raise UserError(f"--provider is one of {', '.join(work.providers)}, --steps at least 1")
-    kinds, plain = measure_kinds(named(work.providers[args.provider]()), args.steps)
+    if args.preset in PARTS:
+        call, shape = PARTS[args.preset](getattr(torch, dtype))
+    else:
+        preset = train_step.PRESETS[args.preset]
+        shape = preset.shapes["cpu"] | (preset.shapes["tiny"] if args.tiny else {})
+        work = preset.build(shape, device, getattr(torch, dtype))
+        if args.provider not in work.providers:
+            raise UserError(f"--provider is one of {', '.join(work.providers)}")
+        call = named(work.providers[args.provider]())
+    kinds, plain = measure_kinds(call, args.steps)
     total = sum(kinds.values())
-    print(f"{args.provider}, {args.preset}, {dtype}, {torch.get_num_threads()} threads: {plain * 1e3:.1f} ms a step, "
+    print(f"{args.preset}, {dtype}, {torch.get_num_threads()} threads: {plain * 1e3:.1f} ms a step, "
           f"{total * 1e3:.1f} ms with the profiler, of which:")
     rows = sorted(kinds.items(), key=lambda item: (item[0] not in ARITHMETIC, -item[1]))
     for kind, seconds in rows:
@@ -121,8 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     idle = sum(seconds for kind, seconds in rows if kind not in ARITHMETIC)
     print(f"  not arithmetic: {idle / total:.1%}")
     if args.out:
-        write_json(args.out, {**provenance(), "preset": args.preset, "provider": args.provider, "dtype": dtype,
-                              "shape": shape, "threads": torch.get_num_threads(), "seconds": plain, "kinds": kinds,
+        of_what = {"preset": args.preset} | ({} if args.preset in PARTS else {"provider": args.provider})
+        write_json(args.out, {**provenance(), **of_what, "dtype": dtype, "shape": shape,
+                              "threads": torch.get_num_threads(), "seconds": plain, "kinds": kinds,
                               "not_arithmetic": idle / total})
 
 

@@ -176,12 +176,19 @@ def test_a_step_s_memory_in_a_process_of_its_own(capsys):
     assert "benchmarks.nothing" in capsys.readouterr().out
 
 
-def test_a_profile_by_kind_of_work(tmp_path, capsys):
+LANGUAGE = {"matmul", "attention", "norms, rotary", "SwiGLU", "loss", "optimizer", "embedding"}
+
+
+@pytest.mark.parametrize("preset,kinds", [
+    ("mixed", LANGUAGE), ("image", {"convolution", "GELU", "optimizer"}), ("audio", {"convolution", "GELU"}),
+    ("decode", {"matmul", "attention", "norms, rotary", "SwiGLU"}), ("griffin_lim", {"Fourier transforms"}),
+])
+def test_a_profile_by_kind_of_work(preset, kinds, tmp_path, capsys):
     from benchmarks import profile_step
 
-    profile_step.main(["--tiny", "--steps", "1", "--out", str(tmp_path / "profile.json")])
+    profile_step.main(["--preset", preset, "--tiny", "--steps", "1", "--out", str(tmp_path / "profile.json")])
     found = json.loads((tmp_path / "profile.json").read_text())
-    assert set(profile_step.ARITHMETIC) - {"other arithmetic"} <= set(found["kinds"])
+    assert kinds <= set(found["kinds"]) and found["preset"] == preset
     assert 0 < found["not_arithmetic"] < 1 and "not arithmetic" in capsys.readouterr().out
 
 

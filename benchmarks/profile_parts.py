@@ -1,0 +1,78 @@
+"""Other parts of `configs/demo.toml` that `profile_step` profiles: untrained, of the demo's sizes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from onevocab.kernels.attention import IntervalMask
+from onevocab.model.cache import KVCache
+from onevocab.model.decoder import Decoder
+from onevocab.pipeline.config import RunConfig, read_config
+from onevocab.tokenizers.modality import MODALITIES
+from onevocab.training.config import OptimizerConfig
+from onevocab.training.muon import build_optimizers
+
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.toml"
+VOCABULARY, ROWS, CONTEXT = 3072, 32, 128  # of the step of decoding
+SECONDS = 1.0  # of the sound
+
+
+def demo() -> RunConfig:
+    return read_config(DEMO, [])
+
+
+def tokenizer_step(name: str, dtype: torch.dtype) -> tuple[Callable, dict]:
+    """A training step of a medium's tokenizer, its codebook in use."""
+    config = getattr(demo(), name)
+    model = MODALITIES[name].tokenizer(config)
+    model.train()
+    optimizers = build_optimizers(model, OptimizerConfig())
+    rows, columns = model.max_grid
+    shape = (config.batch_size, model.channels, rows * model.patch[0], min(columns, rows) * model.patch[1])
+    batch = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def step(_):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss, _ = model(batch, True)
+        optimizers.zero_grad()
+        loss.backward()
+        optimizers.step(1.0)
+
+    return step, {"batch": list(shape)}
+
+
+def decode_step(dtype: torch.dtype) -> tuple[Callable, dict]:
+    """One token more for each of ROWS rows, after CONTEXT tokens."""
+    config = demo().model.shape
+    model = Decoder(config, VOCABULARY).to(dtype)
+    cache = KVCache(config, ROWS, config.max_length, dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (ROWS, CONTEXT), generator=generator)
+    positions = torch.arange(CONTEXT).expand(ROWS, -1)
+    with torch.inference_mode():
+        model(ids, positions, IntervalMask.up_to(positions), cache)
+
+    @torch.inference_mode()
+    def step(i):
+        at = torch.full((ROWS, 1), CONTEXT + i % 64)
+        hidden = model(ids[:, i % CONTEXT, None], at, IntervalMask.up_to(at), cache)
+        model.logits(hidden[:, 0]).softmax(-1)
+
+    return step, {"rows": ROWS, "context": CONTEXT, "vocabulary": VOCABULARY, **config.model_dump(mode="json")}
+
+
+def griffin_lim(_: torch.dtype) -> tuple[Callable, dict]:
+    """A sound of SECONDS from its spectrogram."""
+    tokenizer = MODALITIES["audio"].tokenizer(demo().audio)
+    frames = round(SECONDS * 100)
+    mel = torch.randn(1, tokenizer.config.mels, frames, generator=torch.Generator().manual_seed(0))
+    return lambda i: tokenizer.to_waveform(mel), {"mels": tokenizer.config.mels, "frames": frames}
+
+
+PARTS = {
+    "image": lambda dtype: tokenizer_step("image", dtype),
+    "audio": lambda dtype: tokenizer_step("audio", dtype),
+    "decode": decode_step,
+    "griffin_lim": griffin_lim,
+}
