@@ -18,12 +18,13 @@ TORCHRUN = torchrun --standalone
 # Without the speech extra (see the set-up below) the demo goes on with tones.
 VOICES = $$($(VENV)/bin/python -c "import espeakng_loader" 2>/dev/null || echo --data.demo.voices=tones)
 
-.PHONY: help demo test smoke bench bench-gpu demo-gpu-prepare demo-gpu demo-gpu-evaluate lint
+.PHONY: help demo record test smoke bench bench-gpu demo-gpu-prepare demo-gpu demo-gpu-evaluate lint
 # A failed set-up leaves no half-made target behind.
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo   trains a model on everything and writes its report (a quarter of an hour on 2 cores)"
+	@echo "make record trains and scores the demo with five seeds, one after the other (SEEDS=2 CONFIG=configs/demo-long.toml)"
 	@echo "make test   runs the tests"
 	@echo "make smoke  trains a tiny model on 2 ranks, evaluates it and takes a sample (a few minutes)"
 	@echo "make bench  measures training speed and memory beside transformers' Qwen3, and litgpt's and torchtitan's where installed"
@@ -36,6 +37,9 @@ demo: $(VENV)/.demo
 	$(RUN) $(THREADS) python -m onevocab.evaluation runs/demo
 	$(RUN) $(THREADS) python -m onevocab.demo.check runs/demo
 	@echo "The page: file://$(CURDIR)/runs/demo/report/index.html"
+
+record: $(VENV)/.demo
+	$(RUN) $(THREADS) python -m benchmarks.record $(or $(CONFIG),configs/demo.toml) --seeds $(or $(SEEDS),5) $(VOICES)
 
 test: $(VENV)/.dev
 	$(RUN) python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from onevocab.common import errors, files
-from onevocab.training.metrics import read_metrics
+from onevocab.training.metrics import last_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -48,6 +48,11 @@ def _facts(name: str, report: dict) -> str:
     parts = ", ".join(f"{stage} {value:.0f}" for stage, value in report["seconds"].items())
     text = (f"- **{name}**: `{report['command']}`, {', '.join([report['device'], report['date'], *versions])}. "
             f"{sum(report['seconds'].values()) / 60:.1f} minutes after the installation; seconds: {parts}.")
+    if seeds := report.get("seeds"):  # of benchmarks/record.py
+        ran = [str(seed["seed"]) for seed in seeds if "failed" not in seed]
+        text += (f" Median (lowest to highest) of seeds {', '.join(ran)}; seconds and losses: the median, and those of "
+                 f"seed {ran[0]}.")
+        text += "".join(f" Seed {seed['seed']} failed: {seed['failed']}." for seed in seeds if "failed" in seed)
     for stage, losses in report.get("losses", {}).items():
         shown = ", ".join(f"{key} {value:.2f}" for key, value in losses.items() if key != "step")
         text += f" Loss at the end of {stage} (step {losses['step']:,}), nats a token: {shown}."
@@ -167,16 +172,6 @@ def committed() -> dict[str, dict]:
     names = sorted(path.stem for path in RESULTS.glob("*.json"))
     names.sort(key=lambda name: SHOWN.index(name) if name in SHOWN else len(SHOWN))
     return {name: files.read_json(RESULTS / f"{name}.json") for name in names}
-
-
-def last_losses(metrics: Path) -> dict[str, dict[str, float]]:
-    """Of each language stage: its last losses by modality, nats a token."""
-    losses = {}
-    for line in read_metrics(metrics):
-        values = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
-        if values:
-            losses[line["stage"]] = {"step": line["step"], **values}
-    return losses
 
 
 @errors.cli

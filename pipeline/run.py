@@ -25,6 +25,7 @@ from onevocab.data.shards.remote import list_sources, placed
 from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
+from onevocab.kernels import c_library
 from onevocab.model.code_rows import features_of
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
@@ -151,6 +152,9 @@ class Run:
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
             self.on_main(lambda: write_json(self.folder / generation.FILE, self.config.evaluate.sampling))
+            if self.main and self.device.type == "cpu" and not c_library.library("attention"):
+                print(f"{c_library.problem('attention')}; language training runs on torch alone, which is slower",
+                      file=sys.stderr)
             self._run(self.stages[0], records)
             if demo_first:
                 self._take_in()

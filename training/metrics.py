@@ -149,6 +149,16 @@ def read_metrics(path) -> list[dict]:
     return lines
 
 
+def last_losses(path) -> dict[str, dict[str, float]]:
+    """Of each language stage: its last losses by modality, nats a token."""
+    losses = {}
+    for line in read_metrics(path):
+        values = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss_")}
+        if values:
+            losses[line["stage"]] = {"step": line["step"], **values}
+    return losses
+
+
 # The panels of a picture of curves: title, pattern of the names drawn in it, whether on a logarithmic scale.
 PANELS = [
     ("loss (nats a token)", r"(valid_)?loss(_\w+)?", True),

@@ -14,6 +14,7 @@ from samples import TEXTS, as_json, audio, flac, image, png, text
 from onevocab.common.errors import UserError
 from onevocab.common.files import check_writable
 from onevocab.data.shards.writer import ShardFile
+from onevocab.kernels import c_library
 from onevocab.pipeline import checks
 from onevocab.pipeline.config import read_config
 from onevocab.pipeline.inputs import inspect_shards
@@ -175,6 +176,14 @@ def test_media_without_a_section_are_told_where_no_json_can_leave_them_out(tmp_p
     with pytest.raises(UserError, match=r"the shards hold sounds \(b.tar\); add a section \[audio\]"):
         Run(without)._take_in()
     Run(config)._take_in()
+
+
+def test_a_run_without_kernels_in_c_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(c_library, "library", lambda operation: None)
+    monkeypatch.setitem(c_library._problems, "attention", "no C kernels: no C compiler")
+    write_shard(tmp_path / "shards" / "a.tar", "text")
+    Run(config_of(tmp_path)).train(until="text")
+    assert capsys.readouterr().err.count("no C kernels: no C compiler; language training runs on torch alone") == 1
 
 
 # ------------------------------------------------------------------------------------------------ inputs that change
