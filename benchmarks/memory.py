@@ -60,9 +60,18 @@ def of_step(benchmark: str, preset: str, dtype: str, shape: dict, provider: str)
 def main(benchmark: str, title: str, dtype: str, shape: str, provider: str) -> None:
     preset = import_module(f"benchmarks.{benchmark}").PRESETS[title]
     size = preset.shapes["cpu"] | json.loads(shape)
-    call = preset.build(size, torch.device("cpu"), getattr(torch, dtype)).providers[provider]()
-    measure.prepare(call, 0)
-    print(json.dumps(growth(call.step)))
+    work = preset.build(size, torch.device("cpu"), getattr(torch, dtype))
+    call = work.providers[provider]()
+    if hasattr(call, "step"):
+        measure.prepare(call, 0)
+        step = call.step
+    else:  # a loss of its inputs
+        inputs = [x.detach().requires_grad_() for x in work.inputs()]
+
+        def step(_):
+            torch.autograd.grad(call(*inputs), inputs[: work.differentiable])
+
+    print(json.dumps(growth(step)))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def litgpt(config, vocabulary: int) -> Peer:
         n_layer=config.layers, n_head=config.heads, n_query_groups=config.kv_heads, n_embd=config.dim,
         head_size=config.head_dim, intermediate_size=config.mlp_dim, rotary_percentage=1.0, parallel_residual=False,
         bias=False, norm_class_name="RMSNorm", norm_eps=config.norm_eps, mlp_class_name="LLaMAMLP",
-        rope_theta=int(config.rope_theta), norm_qk=True))
+        rope_base=int(config.rope_theta), norm_qk=True))
     model.transformer.wte.weight = model.lm_head.weight  # as its pretraining ties them
     names = {"input_layernorm": "norm_1", "post_attention_layernorm": "norm_2", "self_attn.o_proj": "attn.proj",
              "self_attn.q_norm": "attn.norm_q", "self_attn.k_norm": "attn.norm_k", "mlp.gate_proj": "mlp.fc_1",

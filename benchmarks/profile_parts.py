@@ -9,7 +9,7 @@ from onevocab.kernels.attention import IntervalMask
 from onevocab.model.cache import KVCache
 from onevocab.model.decoder import Decoder
 from onevocab.pipeline.config import RunConfig, read_config
-from onevocab.tokenizers.modality import MODALITIES
+from onevocab.tokenizers.modalities import MODALITIES
 from onevocab.training.config import OptimizerConfig
 from onevocab.training.muon import build_optimizers
 
