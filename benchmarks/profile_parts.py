@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import record_function
 
 from onevocab.kernels.attention import IntervalMask
 from onevocab.model.cache import KVCache
@@ -15,7 +16,9 @@ from onevocab.training.muon import build_optimizers
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.toml"
 VOCABULARY, ROWS, CONTEXT = 3072, 32, 128  # of the step of decoding
+COLUMNS = 16  # of the pictures and sounds of a batch, at most
 SECONDS = 1.0  # of the sound
+OPTIMIZER = "the optimizer"
 
 
 def demo() -> RunConfig:
@@ -29,7 +32,7 @@ def tokenizer_step(name: str, dtype: torch.dtype) -> tuple[Callable, dict]:
     model.train()
     optimizers = build_optimizers(model, OptimizerConfig())
     rows, columns = model.max_grid
-    shape = (config.batch_size, model.channels, rows * model.patch[0], min(columns, rows) * model.patch[1])
+    shape = (config.batch_size, model.channels, rows * model.patch[0], min(columns, COLUMNS) * model.patch[1])
     batch = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def step(_):
@@ -37,7 +40,8 @@ def tokenizer_step(name: str, dtype: torch.dtype) -> tuple[Callable, dict]:
             loss, _ = model(batch, True)
         optimizers.zero_grad()
         loss.backward()
-        optimizers.step(1.0)
+        with record_function(OPTIMIZER):
+            optimizers.step(1.0)
 
     return step, {"batch": list(shape)}
 

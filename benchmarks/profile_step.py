@@ -18,13 +18,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import train_step
-from benchmarks.profile_parts import PARTS
+from benchmarks.profile_parts import OPTIMIZER, PARTS
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import write_json
 from onevocab.common.provenance import provenance
 from onevocab.training.precision import select_precision
 
-STEP, OPTIMIZER = "training step", "the optimizer"
+STEP = "training step"
 # An operator belongs to the first scope around it that is named here; matmuls and what is not arithmetic to themselves.
 SCOPES = ((OPTIMIZER, "optimizer"), ("_ByDocument", "attention"),
           ("flash_attention", "attention"), ("AttentionC", "attention"), ("LinearCrossEntropy", "loss"),

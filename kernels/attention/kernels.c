@@ -4,7 +4,7 @@
 // lanes, and each product multiplies a number of one row by a vector of queries.
 //
 // q, k, v are float32 with strides (b, h, s) in numbers, their last dimension dense. spans (B, 2 * intervals, S) as
-// IntervalMask.intervals gives them; NULL: plain causal.
+// IntervalMask.intervals gives them.
 #include "vector.h"
 #ifdef __SSE__
 #include <xmmintrin.h>
@@ -39,7 +39,6 @@ typedef struct {  // what a block's queries see of one interval
 INLINE const float *row_of(Strided x, long b, long h, long s) { return x.data + b * x.b + h * x.h + s * x.s; }
 
 INLINE int32_t span(const Shape *z, long b, long kind, long i) {
-  if (!z->spans) return kind ? i : 0;
   return z->spans[(b * 2 * z->intervals + kind) * z->queries + i];
 }
 
@@ -58,7 +57,7 @@ static long blocks_of(const Shape *z, Block *blocks) {
       }
       if (!seen) {
         open = NULL;
-      } else if (open && open->count < NQ && (shares || !z->spans)) {
+      } else if (open && open->count < NQ && shares) {
         open->count++;
       } else {
         open = &blocks[n++];

@@ -9,9 +9,9 @@ from onevocab.kernels.c_library import call
 PARTS, PART = 16, 256  # a backward pass is cut into that many tasks, but not below so many queries
 
 
-def attention_c(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask | None, scale: float | None) -> Tensor:
+def attention_c(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float | None) -> Tensor:
     """Like `attention_reference`, on inputs that `attention` has checked; computed in float32."""
-    spans = None if mask is None else mask.intervals(k.shape[2])
+    spans = mask.intervals(k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return AttentionC.apply(q.float(), k.float(), v.float(), spans, scale).to(q.dtype)
 
@@ -26,8 +26,7 @@ class AttentionC(torch.autograd.Function):
         batch, heads, queries, dim = q.shape
         out = q.new_zeros(batch, queries, heads, dim)  # queries that see nothing are not written
         stats = q.new_empty(batch, heads, queries, 2)
-        intervals = 1 if spans is None else spans.shape[1] // 2
-        ctx.shape = batch, heads, heads // k.shape[1], queries, k.shape[2], dim, intervals, scale
+        ctx.shape = batch, heads, heads // k.shape[1], queries, k.shape[2], dim, spans.shape[1] // 2, scale
         call("attention", "attention_forward", *_strided(q), *_strided(k), *_strided(v), spans, out, stats, *ctx.shape)
         ctx.save_for_backward(q, k, v, spans, out, stats)
         return out.transpose(1, 2)

@@ -152,10 +152,10 @@ MUTATIONS = {
     ),
     "C: a lane's last key is hidden from it": (
         C, "(seen->last[c] >= (int32_t)(key + j))", "(seen->last[c] > (int32_t)(key + j))",
-        FAST, "without_a_mask",
+        FAST, "packed_documents",
     ),
     "C: blocks go over the beginning of a document": (
-        C, "(shares || !z->spans)", "1",
+        C, "open->count < NQ && shares", "open->count < NQ",
         FAST, "leaks",
     ),
     "C: a chunk that most lanes see in full counts as full": (
@@ -164,7 +164,7 @@ MUTATIONS = {
     ),
     "C: what was added up before a new maximum is not faded": (
         C, "ot[d * NV + c] *= fade[c];", ";",
-        FAST, "without_a_mask or windows",
+        FAST, "packed_documents",
     ),
     "C: the second interval is the first again": (
         C, "Seen seen = seen_by(z, block, part);\n    for (long key = seen.low; key < seen.high; key += chunk) {\n"
@@ -180,11 +180,11 @@ MUTATIONS = {
     ),
     "C: missing scale in dQ": (
         C, "scale[c] = fill(z->scale)", "scale[c] = fill(1.0f)",
-        FAST, "without_a_mask",
+        FAST, "packed_documents",
     ),
     "C: delta forgotten": (
         C, "(ds[j * NV + c] - delta[c])", "ds[j * NV + c]",
-        FAST, "without_a_mask",
+        FAST, "packed_documents",
     ),
     "C: the last keys of an odd number are not added up": (
         C, "if (n & 1) add_tile", "if (0) add_tile",

@@ -4,20 +4,23 @@ import pytest
 import torch
 
 from onevocab.kernels import backend, c_library, tuning
-from onevocab.kernels.attention import attention, attention_reference
+from onevocab.kernels.attention import IntervalMask, attention, attention_reference
 from onevocab.kernels.attention.configs import TABLE
 
 
 def test_the_backend_can_be_asked_for_and_says_what_it_chose(monkeypatch):
     x = [torch.randn(1, heads, 8, 16) for heads in (2, 1, 1)]
     monkeypatch.delenv("ONEVOCAB_KERNELS", raising=False)
-    attention(*(each.double() for each in x))
+    mask = IntervalMask.causal(torch.zeros(1, 8))
+    attention(*(each.double() for each in x), mask)
     assert backend.chosen()["attention"] == ("torch", "tensors on cpu; the C kernel has no torch.float64")
     if c_library.library("attention"):
-        attention(*x)
+        attention(*x, mask)
         assert backend.chosen()["attention"] == ("c", "tensors on cpu")
+    attention(*x)
+    assert backend.chosen()["attention"] == ("torch", "tensors on cpu; torch's own kernel is as fast without a mask")
     with pytest.raises(ValueError, match="asks for c, but its C kernel takes head dims .* multiples of 16, not 8"):
-        attention(*(each[..., :8] for each in x), backend="c")
+        attention(*(each[..., :8] for each in x), mask, backend="c")
     monkeypatch.setenv("ONEVOCAB_KERNELS", "reference")
     assert torch.equal(attention(*x), attention_reference(*x))
     assert backend.chosen()["attention"] == ("reference", "the environment variable ONEVOCAB_KERNELS")

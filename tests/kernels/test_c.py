@@ -123,7 +123,7 @@ def test_nan_is_not_hidden():
     """What a query sees is not a number: the result is none either, of this query alone."""
     q, k, v = (torch.randn(1, 2, 40, 16) for _ in range(3))
     k[:, :, 30, 3] = float("nan")
-    out = attention(q, k, v, backend="c")
+    out = attention(q, k, v, IntervalMask.causal(torch.zeros(1, 40)), backend="c")
     assert out[:, :, 30:].isnan().all() and out[:, :, :16].isfinite().all()
     assert rms_norm(k, torch.ones(16), 1e-6, backend="c")[:, :, 30].isnan().all()
     assert swiglu(k, v, backend="c").isnan().sum() == 2
@@ -173,10 +173,10 @@ def test_a_machine_that_cannot_compile_runs_on_torch_and_says_why(tmp_path):
     (shared / "onevocab").chmod(0o777)
     code = """
 import torch
-from onevocab.kernels.attention import attention
+from onevocab.kernels.attention import IntervalMask, attention
 from onevocab.kernels.backend import chosen
 x = torch.randn(1, 2, 8, 16)
-attention(x, x, x)
+attention(x, x, x, IntervalMask.causal(torch.zeros(1, 8)))
 print(*chosen()["attention"], sep=": ")
 """
     empty = tmp_path / "empty"

@@ -1,5 +1,6 @@
 """Optimisers, schedules, checkpoints: the promises of training."""
 
+import math
 import random
 import shutil
 
@@ -14,7 +15,7 @@ from onevocab.common.errors import UserError
 from onevocab.model.weights import load_into, load_weights
 from onevocab.training import checkpoint, distributed
 from onevocab.training.config import OptimizerConfig
-from onevocab.training.muon import Muon, build_optimizers, orthogonalise
+from onevocab.training.muon import COEFFICIENTS, Muon, build_optimizers, orthogonalise
 from onevocab.training.schedule import ScheduleConfig, multiplier
 
 
@@ -56,6 +57,25 @@ def test_orthogonalise(shape):
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     cosine = (orthogonalise(x) * (u @ v)).sum() / (orthogonalise(x).norm() * (u @ v).norm())
     assert cosine > 0.95
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-9])
+@pytest.mark.parametrize("shape", [(12, 40), (90, 12), (2, 16, 144)])
+def test_wide_matrices_take_the_same_steps_by_their_gram_matrix(shape, smallest):
+    """Singular values from 1 to `smallest`, whose eigenvalues in float32 are noise."""
+    a, b, c = COEFFICIENTS
+    generator = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, math.log10(smallest), min(shape[-2:]), dtype=torch.float64)
+    given = (u * values) @ v
+    x = given / given.norm(dim=(-2, -1), keepdim=True)
+    x = x.mT if shape[-2] > shape[-1] else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    exact = x.mT if shape[-2] > shape[-1] else x
+    for kind, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        assert (orthogonalise(given.to(kind)) - exact).norm() <= tolerance * exact.norm()
 
 
 def test_muon_equals_torchs_but_for_its_rounding():
