@@ -87,8 +87,8 @@ def select_backend(
     """The backend for `operation` on these tensors: one of BACKENDS.
 
     unsupported says why Triton cannot take these inputs, without_c() why the kernels in C cannot, on a CPU; None when
-    they can. Raises ValueError when tensors lie on several devices, for an unknown
-    name, and when Triton or C is asked for where it cannot run.
+    they can. Raises ValueError when tensors lie on several devices, for an unknown name, and when Triton or C is asked
+    for where it cannot run.
     """
     device = tensors[0].device if tensors else None
     if device is None or any(tensor.device != device for tensor in tensors[1:]):
@@ -110,8 +110,7 @@ def select_backend(
             raise ValueError(f"{operation}: {why} is {asked!r}; it can be {', '.join(BACKENDS)}")
         if asked == "triton" and obstacle:
             raise ValueError(f"{operation}: {why} asks for triton, but {obstacle}")
-        obstacle = f"the tensors are on {device}" if device.type != "cpu" else asked == "c" and without_c()
-        if asked == "c" and obstacle:
+        if asked == "c" and (obstacle := without_c() if device.type == "cpu" else f"the tensors are on {device}"):
             raise ValueError(f"{operation}: {why} asks for c, but {obstacle}")
         choice = Choice(asked, why)
     elif on_cuda and obstacle is None:

@@ -40,7 +40,7 @@ def why_not(operation: str, *tensors: Tensor, types: tuple[torch.dtype, ...] = T
     odd = sorted({str(x.dtype) for x in tensors if x.is_floating_point() and x.dtype not in types})
     if odd:
         return f"the C kernel has no {' or '.join(odd)}"
-    return None if library(operation) else problem(operation)
+    return missing(operation)
 
 
 @functools.cache
@@ -49,13 +49,13 @@ def library(operation: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_build(operation)))
     except (OSError, subprocess.SubprocessError, UnicodeError) as error:
-        _problems[operation] = f"no C kernels: {str(error).strip().splitlines()[0][:200]}"
+        _problems[operation] = f"no C kernels: {(str(error).strip() or repr(error)).splitlines()[0][:200]}"
         return None
 
 
-def problem(operation: str) -> str:
-    """Why `library` gave None."""
-    return _problems[operation]
+def missing(operation: str) -> str | None:
+    """Why there is no library of an operation, None where there is one."""
+    return None if library(operation) else _problems[operation]
 
 
 def _build(operation: str) -> Path:

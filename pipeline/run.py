@@ -152,9 +152,8 @@ class Run:
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
             self.on_main(lambda: write_json(self.folder / generation.FILE, self.config.evaluate.sampling))
-            if self.main and self.device.type == "cpu" and not c_library.library("attention"):
-                print(f"{c_library.problem('attention')}; language training runs on torch alone, which is slower",
-                      file=sys.stderr)
+            if self.main and self.device.type == "cpu" and (problem := c_library.missing("attention")):
+                print(f"{problem}; language training runs on torch alone, which is slower", file=sys.stderr)
             self._run(self.stages[0], records)
             if demo_first:
                 self._take_in()
