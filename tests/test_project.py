@@ -249,6 +249,8 @@ def test_wheel_carries_every_module(tmp_path):
     wanted = {"onevocab/" + path.relative_to(ROOT).as_posix() for floor, path in modules() if floor not in SCRIPTS}
     assert wanted, "no modules found"
     assert {name for name in names if name.endswith(".py")} == wanted
+    in_c = {f"onevocab/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("kernels/**/*.[ch]")}
+    assert {name for name in names if name.endswith((".c", ".h"))} == in_c
     assert {"LICENSE", "NOTICE"} <= {Path(name).name for name in names}
 
 
