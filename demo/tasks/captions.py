@@ -17,6 +17,7 @@ WORDINGS = {
                                "What does the picture show?",
                                "Tell me what is in the picture.", "What can you see here?")),
     "caption_long": Wordings(("Describe the picture.", "Describe this picture in detail.", "Write a long caption.",
+                              "Give a description of the picture.", "Give a caption with all details.",
                               "What is where in this picture?", "Write in full what the picture shows.",
                               "Give a full description.", "Give all details of the picture.",
                               "Can you describe the picture?", "Write a description of this picture.",
