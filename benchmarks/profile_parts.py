@@ -1,6 +1,7 @@
 """Other parts of `configs/demo.toml` that `profile_step` profiles: untrained, of the demo's sizes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,14 +26,15 @@ def demo() -> RunConfig:
     return read_config(DEMO, [])
 
 
-def tokenizer_step(name: str, dtype: torch.dtype) -> tuple[Callable, dict]:
+def tokenizer_step(name: str, dtype: torch.dtype, tiny: bool) -> tuple[Callable, dict]:
     """A training step of a medium's tokenizer, its codebook in use."""
     config = getattr(demo(), name)
     model = MODALITIES[name].tokenizer(config)
     model.train()
     optimizers = build_optimizers(model, OptimizerConfig())
-    rows, columns = model.max_grid
-    shape = (config.batch_size, model.channels, rows * model.patch[0], min(columns, COLUMNS) * model.patch[1])
+    rows, columns = sorted(model.max_grid)  # a sound is longer than high, a picture of the demo square
+    batch_size, columns = (1, 2) if tiny else (config.batch_size, min(columns, COLUMNS))
+    shape = (batch_size, model.channels, rows * model.patch[0], columns * model.patch[1])
     batch = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def step(_):
@@ -46,7 +48,7 @@ def tokenizer_step(name: str, dtype: torch.dtype) -> tuple[Callable, dict]:
     return step, {"batch": list(shape)}
 
 
-def decode_step(dtype: torch.dtype) -> tuple[Callable, dict]:
+def decode_step(dtype: torch.dtype, _: bool) -> tuple[Callable, dict]:
     """One token more for each of ROWS rows, after CONTEXT tokens."""
     config = demo().model.shape
     model = Decoder(config, VOCABULARY).to(dtype)
@@ -66,17 +68,17 @@ def decode_step(dtype: torch.dtype) -> tuple[Callable, dict]:
     return step, {"rows": ROWS, "context": CONTEXT, "vocabulary": VOCABULARY, **config.model_dump(mode="json")}
 
 
-def griffin_lim(_: torch.dtype) -> tuple[Callable, dict]:
+def griffin_lim(_: torch.dtype, tiny: bool) -> tuple[Callable, dict]:
     """A sound of SECONDS from its spectrogram."""
     tokenizer = MODALITIES["audio"].tokenizer(demo().audio)
-    frames = round(SECONDS * 100)
+    frames = 8 if tiny else round(SECONDS * 100)
     mel = torch.randn(1, tokenizer.config.mels, frames, generator=torch.Generator().manual_seed(0))
     return lambda i: tokenizer.to_waveform(mel), {"mels": tokenizer.config.mels, "frames": frames}
 
 
 PARTS = {
-    "image": lambda dtype: tokenizer_step("image", dtype),
-    "audio": lambda dtype: tokenizer_step("audio", dtype),
+    "image": partial(tokenizer_step, "image"),
+    "audio": partial(tokenizer_step, "audio"),
     "decode": decode_step,
     "griffin_lim": griffin_lim,
 }

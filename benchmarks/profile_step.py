@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cpu")
     dtype = args.dtype or select_precision("auto", device)
     if args.preset in PARTS:
-        call, shape = PARTS[args.preset](getattr(torch, dtype))
+        call, shape = PARTS[args.preset](getattr(torch, dtype), args.tiny)
     else:
         preset = train_step.PRESETS[args.preset]
         shape = preset.shapes["cpu"] | (preset.shapes["tiny"] if args.tiny else {})

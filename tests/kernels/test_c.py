@@ -152,15 +152,14 @@ print(sum("libgomp" in line or "libiomp" in line for line in {l.split()[-1] for 
 @needs_c
 def test_results_do_not_depend_on_the_threads_which_are_torchs(tmp_path):
     results = []
-    for threads in (1, 2, 5):
+    for threads in (1, 3):
         path = tmp_path / f"{threads}.pt"
         out = run_command([sys.executable, "-c", SCRIPT.replace("PATH", str(path))],
                           env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         assert out.split("\n")[0] == "['c']"
         assert out.split("\n")[1] == "1"  # one OpenMP runtime, that of torch
         results.append(torch.load(path))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_machine_that_cannot_compile_runs_on_torch_and_says_why(tmp_path):
