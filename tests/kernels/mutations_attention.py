@@ -164,7 +164,7 @@ MUTATIONS = {
     ),
     "C: what was added up before a new maximum is not faded": (
         C, "ot[d * NV + c] *= fade[c];", ";",
-        FAST, "packed_documents",
+        IN_C, "windows",
     ),
     "C: the second interval is the first again": (
         C, "Seen seen = seen_by(z, block, part);\n    for (long key = seen.low; key < seen.high; key += chunk) {\n"
