@@ -10,6 +10,8 @@ operators. The first kinds are arithmetic; moving numbers, fresh memory, views a
 """
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     idle = sum(seconds for kind, seconds in rows if kind not in ARITHMETIC)
     print(f"  not arithmetic: {idle / total:.1%}")
     if args.out:
-        of_what = {"preset": args.preset} | ({} if args.preset in PARTS else {"provider": args.provider})
+        command = shlex.join(["python", "-m", "benchmarks.profile_step", *(sys.argv[1:] if argv is None else argv)])
+        of_what = {"command": command, "preset": args.preset}
+        of_what |= {} if args.preset in PARTS else {"provider": args.provider}
         write_json(args.out, {**provenance(), **of_what, "dtype": dtype, "shape": shape,
                               "threads": torch.get_num_threads(), "seconds": plain, "kinds": kinds,
                               "not_arithmetic": idle / total})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from onevocab.common.errors import UserError, cli
 from onevocab.common.files import read_json, write_json
-from onevocab.common.provenance import provenance
+from onevocab.common.provenance import commit
 from onevocab.training.metrics import last_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def record(seeds: list[dict], command: str) -> dict:
     each = [{key: seed[key] for key in ("seed", "failed", "seconds", "losses", "notes") if key in seed}
             for seed in seeds]
     return {**{key: first[key] for key in ("device", "versions", "config", "judges", "losses") if key in first},
-            "command": command, "date": date.today().isoformat(), "provenance": provenance(), "seconds": seconds,
+            "command": command, "date": date.today().isoformat(), "commit": commit(), "seconds": seconds,
             "notes": [], "results": summary(ran), "seeds": each}
 
 
