@@ -1,5 +1,6 @@
 """A run: its stages in order, each in a folder of its own."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from onevocab.data.turns import read_wordings
 from onevocab.demo.writer import write_demo
 from onevocab.generation import defaults as generation
 from onevocab.kernels import c_library
+from onevocab.kernels.backend import VARIABLE
 from onevocab.model.code_rows import features_of
 from onevocab.model.decoder import Decoder
 from onevocab.model.weights import load_into, load_weights
@@ -152,7 +154,8 @@ class Run:
             resolved = self.config.model_dump(mode="json", exclude_none=True)
             self.on_main(lambda: write_atomic(self.folder / "config.toml", tomli_w.dumps(resolved)))
             self.on_main(lambda: write_json(self.folder / generation.FILE, self.config.evaluate.sampling))
-            if self.main and self.device.type == "cpu" and (problem := c_library.missing("attention")):
+            asked = os.environ.get(VARIABLE)  # for other kernels: then nothing is compiled
+            if self.main and self.device.type == "cpu" and not asked and (problem := c_library.missing("attention")):
                 print(f"{problem}; language training runs on torch alone, which is slower", file=sys.stderr)
             self._run(self.stages[0], records)
             if demo_first:

@@ -98,33 +98,30 @@ INLINE void transpose_tile(const float *from, long from_stride, float *to, long 
 #endif
 }
 
+// (rows, columns) -> (columns, rows)
+INLINE void transpose(const float *from, long from_stride, long rows, long columns, float *to, long to_stride) {
+  for (long i = 0; i < rows; i += 4)
+    for (long j = 0; j < columns; j += 4)
+      if (i + 4 <= rows && j + 4 <= columns)
+        transpose_tile(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+      else
+        for (long k = i; k < rows && k < i + 4; k++)
+          for (long m = j; m < columns && m < j + 4; m++) to[m * to_stride + k] = from[k * from_stride + m];
+}
+
 // (count, D) rows -> to (D, NQ), times scale; lanes without a query are 0
 INLINE void to_lanes(const float *from, long stride, long count, long dim, float scale, vf *to) {
-  float *lanes = (float *)to;
   if (count < NQ) memset(to, 0, dim * NV * sizeof(vf));
-  for (long i = 0; i < count; i += 4)
-    for (long d = 0; d < dim; d += 4)
-      if (i + 4 <= count)
-        transpose_tile(from + i * stride + d, stride, lanes + d * NQ + i, NQ);
-      else
-        for (long k = i; k < count; k++)
-          for (long e = d; e < d + 4; e++) lanes[e * NQ + k] = from[k * stride + e];
+  transpose(from, stride, count, dim, (float *)to, NQ);
   if (scale != 1.0f)
     for (long d = 0; d < dim * NV; d++) to[d] *= scale;
 }
 
 // (D, NQ) times a number for each lane -> (count, D) rows
 INLINE void from_lanes(vf *from, const vf *scale, long count, long dim, float *to, long stride) {
-  float *lanes = (float *)from;
   for (long d = 0; d < dim; d++)
     for (long c = 0; c < NV; c++) from[d * NV + c] *= scale[c];
-  for (long i = 0; i < count; i += 4)
-    for (long d = 0; d < dim; d += 4)
-      if (i + 4 <= count)
-        transpose_tile(lanes + d * NQ + i, NQ, to + i * stride + d, stride);
-      else
-        for (long k = i; k < count; k++)
-          for (long e = d; e < d + 4; e++) to[k * stride + e] = lanes[e * NQ + k];
+  transpose((float *)from, NQ, dim, count, to, stride);
 }
 
 // out (n, NQ) = rows (n, D) @ lanes (D, NQ)

@@ -1,6 +1,10 @@
 """What the tests of the CPU's paths share: no more rounding than the reference has itself."""
 
+import pytest
 import torch
+
+from onevocab.kernels import c_library
+from onevocab.kernels.backend import forced
 
 
 def no_worse(function, reference, *inputs, seed=0):
@@ -16,3 +20,17 @@ def no_worse(function, reference, *inputs, seed=0):
         assert torch.isfinite(got).all()
         assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + tiny
     return results[0]
+
+
+def chosen_and_torch(operation: str):
+    """A fixture that runs every test of a module twice: with the kernels in C where a CPU would take them, and with
+    torch alone. Its value says which: "chosen" or "torch"."""
+
+    @pytest.fixture(params=["chosen", "torch"], autouse=True)
+    def backend(request):
+        if request.param == "chosen" and not c_library.library(operation):
+            pytest.skip("no C compiler: torch is what is chosen")
+        with forced(None if request.param == "chosen" else "torch"):
+            yield request.param
+
+    return backend

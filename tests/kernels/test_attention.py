@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from rounding import no_worse
+from rounding import chosen_and_torch, no_worse
 
-from onevocab.kernels import c_library
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference, torch_blocks
-from onevocab.kernels.backend import forced
 
-
-@pytest.fixture(params=["chosen", "torch"], autouse=True)
-def backend(request):
-    """Every test twice: with the kernels in C where a CPU would take them, and with torch alone."""
-    if request.param == "chosen" and not c_library.library("attention"):
-        pytest.skip("no C compiler: torch is what is chosen")
-    with forced(None if request.param == "chosen" else "torch"):
-        yield request.param
+backend = chosen_and_torch("attention")
 
 
 def documents(rows, length, seed=0, padding=True):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import run_command
+from poison import poisoned_memory
 
 from onevocab.kernels import c_library
 from onevocab.kernels.attention import IntervalMask, attention, attention_reference
@@ -24,14 +25,9 @@ needs_c = pytest.mark.skipif(not (c_library.library("attention") and c_library.l
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every tensor made without a value starts as NaN: what a kernel forgets to write is seen."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+def nothing_unwritten():
+    with poisoned_memory():
+        yield
 
 
 def compare(function, reference, *inputs):

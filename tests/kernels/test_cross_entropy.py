@@ -5,21 +5,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import no_worse
+from rounding import chosen_and_torch, no_worse
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onevocab.kernels import aot, c_library
-from onevocab.kernels.backend import forced
+from onevocab.kernels import aot
 from onevocab.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, rows
 
-
-@pytest.fixture(params=["chosen", "torch"], autouse=True)
-def backend(request):
-    """Every test twice: with the softmax in C where a CPU would take it, and with torch alone."""
-    if request.param == "chosen" and not c_library.library("cross_entropy"):
-        pytest.skip("no C compiler: torch is what is chosen")
-    with forced(None if request.param == "chosen" else "torch"):
-        yield
+backend = chosen_and_torch("cross_entropy")
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])

@@ -179,6 +179,7 @@ def test_media_without_a_section_are_told_where_no_json_can_leave_them_out(tmp_p
 
 
 def test_a_run_without_kernels_in_c_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ONEVOCAB_KERNELS", raising=False)
     monkeypatch.setattr(c_library, "library", lambda operation: None)
     monkeypatch.setitem(c_library._problems, "attention", "no C kernels: no C compiler")
     write_shard(tmp_path / "shards" / "a.tar", "text")
